@@ -1,0 +1,249 @@
+"""A run's state on disk: what it takes to go on from the last finished step after any crash.
+
+A run has a folder of its own: `plan.json` and `conditioning.safetensors`, written once, and `step.safetensors`,
+replaced after every step. Each is written to a temporary name, synced and renamed, so that a kill at any moment
+leaves the old state or the new one; each carries a hash of its content and the identity of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from framefit.errors import BadCheckpoint, BadInput
+from framefit.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["RunFolder", "State", "default_root", "list_runs"]
+
+ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+
+
+@dataclass(slots=True)
+class State:
+    """Where a run stands between two steps."""
+
+    step: int
+    """Steps already taken."""
+    latents: torch.Tensor
+    conditioning: dict[str, torch.Tensor]
+    scheduler: dict[str, Any]
+    """What the scheduler holds beyond its configuration: tensors, numbers, None, and lists of these."""
+
+    def move(self, device: torch.device) -> None:
+        """Bring every tensor to `device`."""
+        self.latents = self.latents.to(device)
+        self.conditioning = {name: tensor.to(device) for name, tensor in self.conditioning.items()}
+        self.scheduler = _moved(self.scheduler, device)
+
+
+def default_root() -> Path:
+    """Where runs are kept: the user's state folder (on Linux $XDG_STATE_HOME/framefit/runs)."""
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir("framefit")) / "runs"
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path, plan: Plan, weights: str, output: Path) -> None:
+        self.path = path
+        self.plan = plan
+        self.weights = weights
+        self.output = output
+        self._identity = _digest(plan.dumps().encode(), weights.encode())
+        self._conditioning_saved = False
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is anything to go on from."""
+        return (self.path / "step.safetensors").exists()
+
+    @classmethod
+    def create(cls, root: Path, plan: Plan, weights: str, output: Path) -> Self:
+        """A new folder below `root`. `weights` names the model's weights, so that others are not mistaken for them.
+
+        Raises:
+            BadInput: `root` cannot be written.
+        """
+        path = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        run = cls(path, plan, weights, output.absolute())
+        facts = {"plan": plan.to_json(), "weights": weights, "output": str(run.output)}
+        try:
+            path.mkdir(parents=True)
+            _write(path / "plan.json", json.dumps(facts).encode())
+        except OSError as error:
+            raise BadInput(
+                f"step checkpoints cannot be written to {root} ({error.strerror}): "
+                f"give another folder with --checkpoint-dir, or --no-checkpoint."
+            ) from None
+        return run
+
+    @classmethod
+    def open(cls, root: Path, id: str) -> Self:
+        """The run `id` below `root`.
+
+        Raises:
+            BadCheckpoint: there is none, or its plan cannot be read.
+        """
+        path = root / id
+        if not ID.fullmatch(id) or not path.is_dir():
+            others = ", ".join(run.name for run in list_runs(root)) or "none"
+            raise BadCheckpoint(f"there is no run '{id}' in {root}: the runs that can be resumed are {others}.")
+        try:
+            data = json.loads((path / "plan.json").read_bytes())
+            return cls(path, Plan.from_json(data["plan"]), data["weights"], Path(data["output"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadCheckpoint(f"the plan of run {id} cannot be read ({error!r}): start the run anew.") from None
+
+    def save(self, state: State) -> None:
+        """Keep `state`; once this returns, a crash costs no more than what comes after."""
+        if not self._conditioning_saved:
+            self._save_tensors("conditioning.safetensors", state.conditioning, {})
+            self._conditioning_saved = True
+        tensors = {"latents": state.latents}
+        plain = _flatten(state.scheduler, tensors)
+        self._save_tensors("step.safetensors", tensors, {"step": state.step, "scheduler": plain})
+
+    def load(self) -> State | None:
+        """The last state saved, on the CPU; None where the run had not come to its first.
+
+        Raises:
+            BadCheckpoint: a file is corrupt, or belongs to another run.
+        """
+        if not self.has_state:
+            return None
+        conditioning, _ = self._load_tensors("conditioning.safetensors")
+        tensors, facts = self._load_tensors("step.safetensors")
+        self._conditioning_saved = True
+        return State(
+            step=facts["step"],
+            latents=tensors["latents"],
+            conditioning=conditioning,
+            scheduler=_unflatten(facts["scheduler"], tensors),
+        )
+
+    def discard(self) -> None:
+        """The run is finished, or is to start anew."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _save_tensors(self, name: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        from safetensors.torch import save
+
+        # clone: a view into a larger storage would be refused, and two names for one storage too
+        content = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        metadata = {"run": self._identity, "facts": json.dumps(facts)}
+        metadata["hash"] = _content_hash(content, metadata)
+        try:
+            _write(self.path / name, save(content, metadata))
+        except OSError as error:
+            raise BadInput(
+                f"the step checkpoint {self.path / name} cannot be written ({error.strerror}): make room, or give "
+                f"another folder with --checkpoint-dir."
+            ) from None
+
+    def _load_tensors(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        from safetensors import SafetensorError, safe_open
+
+        file = self.path / name
+        try:
+            with safe_open(file, framework="pt") as stream:
+                metadata = dict(stream.metadata() or {})
+                tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise BadCheckpoint(f"the checkpoint {file} is corrupt ({error}): {_ANEW}") from None
+        if metadata.pop("hash", None) != _content_hash(tensors, metadata):
+            raise BadCheckpoint(f"the checkpoint {file} is corrupt (its hash does not match its content): {_ANEW}")
+        if metadata["run"] != self._identity:
+            raise BadCheckpoint(f"the checkpoint {file} belongs to another run: {_ANEW}")
+        return tensors, json.loads(metadata["facts"])
+
+
+_ANEW = "add --restart to begin again from step 0."
+
+
+def list_runs(root: Path) -> list[Path]:
+    """The folders of runs that can be resumed, oldest first."""
+    return sorted(path for path in root.glob("*") if ID.fullmatch(path.name))
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Atomic: the name shows the old content or the new, whatever happens."""
+    temporary = file.with_name(f".{file.name}.part")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _content_hash(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    import torch
+
+    parts = [json.dumps(metadata, sort_keys=True).encode()]
+    for key in sorted(tensors):
+        value = tensors[key]
+        parts += [
+            f"{key} {value.dtype} {list(value.shape)}".encode(),
+            value.flatten().view(torch.uint8).numpy().tobytes(),
+        ]
+    return _digest(*parts)
+
+
+def _flatten(value: Any, tensors: dict[str, torch.Tensor], path: str = "scheduler") -> Any:
+    """`value` as JSON, with each tensor moved to `tensors` and its name in its place."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {key: _flatten(item, tensors, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_flatten(item, tensors, f"{path}.{i}") for i, item in enumerate(value)]
+    return value
+
+
+def _unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"tensor"}:
+            return tensors[value["tensor"]]
+        return {key: _unflatten(item, tensors) for key, item in value.items()}
+    return [_unflatten(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return [_moved(item, device) for item in value] if isinstance(value, list) else value

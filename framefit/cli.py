@@ -1,0 +1,182 @@
+"""The command line: flags become a `Request` and `Options`, results go to stdout, progress to stderr.
+
+Exit codes: 0 done, 1 the run failed, 2 usage, 3 bad input, 4 does not fit, 5 model missing, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from framefit import __version__, commands
+from framefit.errors import FramefitError
+from framefit.request import Request
+
+__all__ = ["main", "parser"]
+
+PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
+"""The photo for a first try."""
+
+Command = Callable[[argparse.Namespace], int | None]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number, or two as in 3.5,3.5") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not WIDTHxHEIGHT, as in 832x480")
+    return int(width), int(height)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not SETTING=VALUE, as in guidance=apart")
+    return name, value
+
+
+FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "prompt": (("-p", "--prompt"), {"metavar": "TEXT"}),
+    "model": (("-m", "--model"), {"metavar": "MODEL"}),
+    "last_image": (("--last-image",), {"metavar": "FILE", "type": Path}),
+    "negative_prompt": (("--negative",), {"metavar": "TEXT"}),
+    "fit": (("--fit",), {"choices": ["nearest", "crop", "pad"]}),
+    "num_frames": (("--frames",), {"metavar": "N", "type": int}),
+    "fps": (("--fps",), {"metavar": "N", "type": float}),
+    "steps": (("--steps",), {"metavar": "N", "type": int}),
+    "guidance": (("--guidance",), {"metavar": "G[,G]", "type": _numbers}),
+    "seed": (("--seed",), {"metavar": "N", "type": int}),
+    "loras": (("--lora",), {"metavar": "FILE", "action": "append"}),
+}
+"""Field of `Request` -> its flag; its help is the field's own. Image and size are written out below."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code."""
+    flags = parser().parse_args(arguments)
+    try:
+        code = flags.command(flags) or 0
+        sys.stdout.flush()
+        sys.exit(code)
+    except FramefitError as error:
+        if flags.json:
+            facts = {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+            print(json.dumps({"error": facts}, ensure_ascii=False))
+        print(f"framefit: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("framefit: interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone, as in `framefit models ls | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and flag; the docs are held to it by test."""
+    top = argparse.ArgumentParser(
+        prog="framefit",
+        description="Image-to-video models, made to fit your GPU.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 does not fit, 5 model missing, 130 interrupted.",
+    )
+    top.add_argument("--version", action="version", version=f"framefit {__version__}")
+    names = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(names, "run", commands.run, "make a video from a photo")
+    _request_flags(run)
+    _option_flags(run)
+    _output_flags(run)
+    run.add_argument("--resume", metavar="ID", help="go on with an interrupted run")
+    run.add_argument("--restart", action="store_true", help="with --resume: begin again from step 0")
+
+    plan = _command(names, "plan", commands.plan, "show what a run would do, and why, without loading the model")
+    _request_flags(plan)
+    _option_flags(plan)
+
+    models = _command(names, "models", None, "list, fetch and check models").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    _command(models, "ls", commands.models_ls, "the models that framefit runs")
+    _command(models, "pull", commands.models_pull, "download a model from the hub").add_argument(
+        "model", metavar="MODEL"
+    )
+    verify = _command(
+        models, "verify", commands.models_verify, "check a model's files: complete, whole, of the right shape"
+    )
+    verify.add_argument("model", metavar="MODEL", help="model id, or a local folder")
+    verify.add_argument("--quick", action="store_true", help="leave the hashes out")
+
+    doctor = _command(names, "doctor", commands.doctor, "show this machine, the models on it and runs to resume")
+    doctor.add_argument("--checkpoint-dir", metavar="DIR", type=Path, help="where step checkpoints are")
+    inspect = _command(names, "inspect", commands.inspect, "show what a video file says of itself")
+    inspect.add_argument("file", type=Path, metavar="FILE")
+
+    rerun = _command(names, "rerun", commands.rerun, "make a video again from the parameters inside it")
+    rerun.add_argument("file", type=Path, metavar="FILE")
+    rerun.add_argument("--image", type=Path, metavar="FILE", help="the photo, where it is not found by itself")
+    rerun.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    _output_flags(rerun)
+    return top
+
+
+def _command(names: Any, name: str, command: Command | None, help: str) -> argparse.ArgumentParser:
+    added: argparse.ArgumentParser = names.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    if command is not None:
+        added.set_defaults(command=command)
+        added.add_argument("--json", action="store_true", help="print one JSON object")
+    return added
+
+
+def _request_flags(command: argparse.ArgumentParser) -> None:
+    fields = Request.__dataclass_fields__
+    command.add_argument(
+        "image", nargs="?", type=Path, default=PHOTO, metavar="IMAGE", help=fields["image"].metadata["help"]
+    )
+    command.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: follows the photo)")
+    for name, (flags, facts) in FLAGS.items():
+        command.add_argument(*flags, dest=name, help=fields[name].metadata["help"], **facts)
+
+
+def _option_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--preset", metavar="NAME", help="the model's draft, standard or quality")
+    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
+    command.add_argument(
+        "--set", action="append", default=[], type=_setting, metavar="SETTING=VALUE", dest="settings",
+        help="a setting of the plan, e.g. guidance=apart; wins over the derived one",
+    )  # fmt: skip
+
+
+def _output_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "-o", "--output", type=Path, metavar="OUT",
+        help=".mp4, .webp, .gif, or a folder for PNGs (default: outputs/video_<time>.mp4)",
+    )  # fmt: skip
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("--crf", type=int, default=18, metavar="N", help="MP4 quality, 0 (best) to 51 (default 18)")
+    command.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="where step checkpoints go (default: the user's state folder)",
+    )
+    command.add_argument(
+        "--checkpoint-every",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds between checkpoints (default: each step)",
+    )
+    command.add_argument("--no-checkpoint", action="store_true", help="keep none: a crash loses the run")
+    command.add_argument("--preview", type=Path, metavar="FILE", help="PNG that shows the middle frame after each step")

@@ -1,0 +1,235 @@
+"""What each command does: flags in, a result on stdout, an exit code out.
+
+Imports are inside the functions: `framefit --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from framefit import __version__
+from framefit.errors import UsageError
+from framefit.request import Request
+
+if TYPE_CHECKING:
+    from framefit.report import Report
+
+__all__ = ["doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "rerun", "run"]
+
+
+def run(flags: Namespace) -> None:
+    from framefit.progress import Progress
+    from framefit.run import generate, resume
+
+    with Progress(flags) as progress:
+        options = progress.options(preset=flags.preset, precision=flags.precision, settings=dict(flags.settings))
+        if flags.resume:
+            _refuse_with_resume(flags)
+            report = resume(flags.resume, flags.output, options, restart=flags.restart)
+        elif flags.restart:
+            raise UsageError("--restart begins an interrupted run again: add --resume ID.")
+        elif flags.prompt is None:
+            raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
+        else:
+            report = generate(_request(flags), flags.output or _default_output(), options)
+    _finish(report.to_json(), flags, _summary(report))
+
+
+def rerun(flags: Namespace) -> None:
+    from framefit.progress import Progress
+    from framefit.run import generate, rerun_request
+
+    with Progress(flags) as progress:
+        options = progress.options()
+        request, made = rerun_request(flags.file, flags.image, options.checkpoints)
+        options = replace(options, precision=made.precision, settings=made.settings)
+        report = generate(request, flags.output or _default_output(), options)
+    _finish(report.to_json(), flags, _summary(report))
+
+
+def plan(flags: Namespace) -> None:
+    from framefit.run import Options, prepare
+
+    if flags.prompt is None:
+        flags.prompt = "(no prompt)"
+    checkpoint, plan = prepare(
+        _request(flags),
+        Options(
+            device=flags.device, preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
+            checkpoints=None,
+        ),
+    )  # fmt: skip
+    request, reasons = plan.request, plan.reasons
+    rows = [
+        ("model", f"{checkpoint.id} ({checkpoint.title})", ""),
+        ("device", plan.device.name, ""),
+        ("size", f"{request.width}x{request.height}, photo {request.fit}", reasons["size"]),
+        ("frames", f"{request.num_frames} at {request.fps:g} fps", reasons["num_frames"]),
+        ("steps", request.steps, reasons["steps"]),
+        ("guidance", ", ".join(f"{g:g}" for g in request.guidance), reasons["guidance"]),
+        ("shift", "-" if request.shift is None else f"{request.shift:g}", reasons["shift"]),
+        ("seed", request.seed, reasons["seed"]),
+        ("precision", plan.precision, reasons["precision"]),
+        *((f"{s.type} branches", f"{s.value} [{s.tier}]", s.because) for s in plan.settings),
+        ("weights", f"{plan.estimate.weights_bytes / 2**30:.2f} GiB", "all components resident"),
+    ]
+    _finish(plan.to_json(), flags, _table(rows))
+
+
+def models_ls(flags: Namespace) -> None:
+    from framefit.families import CHECKPOINTS, hub
+
+    table: list[tuple[str, ...]] = [("id", "parameters", "download", "licence", "here", "end image", "sizes")]
+    facts = []
+    for row in CHECKPOINTS.values():
+        here, sizes = hub.is_present(row), [f"{width}x{height}" for width, height in row.sizes.named]
+        size = f"{row.download_bytes / 1e9:.0f} GB"
+        end = "yes" if row.last_image else "no"
+        table.append(
+            (row.id, f"{row.params / 1e9:.1f} B", size, row.licence, "yes" if here else "no", end, " ".join(sizes))
+        )
+        facts.append(
+            {
+                "id": row.id,
+                "title": row.title,
+                "repo": row.repo,
+                "licence": row.licence,
+                "params": row.params,
+                "download_bytes": row.download_bytes,
+                "present": here,
+                "last_image": row.last_image,
+                "sizes": sizes,
+                "num_frames": row.frames.default,
+                "fps": row.fps,
+                "steps": row.steps,
+                "presets": {name: dict(fields) for name, fields in row.presets.items()},
+            }
+        )
+    _finish({"models": facts}, flags, _table(table))
+
+
+def models_pull(flags: Namespace) -> None:
+    from framefit.families import find, hub
+
+    folder = hub.pull(find(flags.model), on_notice=lambda text: print(text, file=sys.stderr))
+    _finish({"model": flags.model, "folder": str(folder)}, flags, str(folder))
+
+
+def models_verify(flags: Namespace) -> int:
+    from framefit.families import easyanimate_v5, find, hub
+
+    row = find(flags.model)
+    native = row.layout == "easyanimate-v5"
+    problems = hub.verify(
+        row,
+        deep=not flags.quick,
+        on_file=lambda name: print(name, file=sys.stderr),
+        rename=(lambda component, key: easyanimate_v5.rename(key) if component == "transformer" else key)
+        if native
+        else None,
+    )
+    _finish({"model": row.id, "problems": problems}, flags, "\n".join(problems) or f"{row.id}: every file is in order.")
+    return 5 if problems else 0
+
+
+def doctor(flags: Namespace) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from framefit.checkpoint import default_root, list_runs
+    from framefit.device import Device
+    from framefit.families import CHECKPOINTS, hub
+
+    versions = {}
+    for name in ("torch", "diffusers", "transformers", "av", "pillow"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "missing"
+    device = Device.detect()
+    present = [row.id for row in CHECKPOINTS.values() if hub.is_present(row)]
+    runs = [path.name for path in list_runs(flags.checkpoint_dir or default_root())]
+    facts = {"framefit": __version__, "device": device.to_json(), "versions": versions, "models": present, "runs": runs}
+    memory = [("RAM", device.ram_free_bytes, device.ram_total_bytes)]
+    if device.vram_total_bytes:
+        memory.insert(0, ("VRAM", device.vram_free_bytes, device.vram_total_bytes))
+    rows = [
+        ("framefit", __version__),
+        *versions.items(),
+        ("device", f"{device.name} ({device.id})"),
+        *((name, f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB") for name, free, total in memory),
+        ("disk", f"{device.disk_free_bytes / 2**30:.1f} GiB free"),
+        ("models here", ", ".join(present) or "none (framefit models pull MODEL)"),
+        ("runs to resume", ", ".join(runs) or "none"),
+    ]
+    _finish(facts, flags, _table(rows))
+
+
+def inspect(flags: Namespace) -> None:
+    from framefit import video
+
+    seen = asdict(video.inspect(flags.file))
+    rows = [(name, seen[name]) for name in ("format", "width", "height", "num_frames", "fps")]
+    rows += list(seen["marks"].items())
+    text = _table(rows)
+    if seen["parameters"] is not None:
+        text += "\n" + json.dumps(seen["parameters"], ensure_ascii=False, indent=2)
+    _finish(seen, flags, text)
+
+
+def _finish(facts: dict[str, Any], flags: Namespace, text: str) -> None:
+    """The result on stdout, for a program or for a person."""
+    print(json.dumps(facts, ensure_ascii=False, default=str) if flags.json else text)
+
+
+def _request(flags: Namespace) -> Request:
+    width, height = flags.size or (None, None)
+    names = (
+        "image",
+        "last_image",
+        "prompt",
+        "negative_prompt",
+        "fit",
+        "num_frames",
+        "fps",
+        "steps",
+        "guidance",
+        "seed",
+    )
+    fields = {name: getattr(flags, name) for name in names}
+    model = {} if flags.model is None else {"model": flags.model}
+    return Request(width=width, height=height, loras=tuple(flags.loras or ()), **fields, **model)
+
+
+def _refuse_with_resume(flags: Namespace) -> None:
+    """A resumed run keeps its request; a flag that would change it is a contradiction."""
+    fixed = (
+        "prompt", "model", "last_image", "negative_prompt", "size", "fit", "num_frames", "fps", "steps", "guidance",
+        "seed", "loras", "preset", "precision",
+    )  # fmt: skip
+    if given := [name for name in fixed if getattr(flags, name) is not None] + ["--set"] * bool(flags.settings):
+        raise UsageError(
+            f"--resume goes on with the run as it was asked for, and {given[0]} would change it: leave it out, "
+            f"or start a new run."
+        )
+
+
+def _default_output() -> Path:
+    return Path("outputs") / f"video_{time.strftime('%Y%m%d-%H%M%S')}.mp4"
+
+
+def _summary(report: Report) -> str:
+    return f"{report.video}  (seed {report.plan.request.seed}, {report.seconds:.1f} s)"
+
+
+def _table(rows: Iterable[tuple[Any, ...]]) -> str:
+    """Columns as wide as their widest cell."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

@@ -1,0 +1,75 @@
+"""EasyAnimate V5's native layout: the same transformer under other names.
+
+Upstream keeps the text side of a dual-stream block in an attention of its own (`attn2`); diffusers keeps it as added
+projections of `attn1`. Everything else, and the whole VAE, has the same names. Source: aigc-apps/EasyAnimate,
+easyanimate/models (attention.py, transformer3d.py), December 2024.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["NATIVE_TO_DIFFUSERS", "is_native", "load_transformer", "rename", "to_native"]
+
+NATIVE_TO_DIFFUSERS = {
+    "attn2.to_q": "attn1.add_q_proj",
+    "attn2.to_k": "attn1.add_k_proj",
+    "attn2.to_v": "attn1.add_v_proj",
+    "attn2.to_out.0": "attn1.to_add_out",
+    "attn2.norm_q": "attn1.norm_added_q",
+    "attn2.norm_k": "attn1.norm_added_k",
+}
+"""Inside `transformer_blocks.N.`; a name that is not here is the same on both sides."""
+
+YAML = {
+    "after_norm": False,
+    "enable_text_attention_mask": False,
+    "resize_inpaint_mask_directly": True,
+    "time_position_encoding_type": "3d_rope",
+}
+"""Upstream's launch file puts these over transformer/config.json (easyanimate_video_v5_magvit_multi_text_encoder.yaml)."""
+
+
+def rename(key: str, table: dict[str, str] = NATIVE_TO_DIFFUSERS) -> str:
+    """A native parameter name in diffusers' words."""
+    block = re.match(r"(transformer_blocks\.\d+\.)(.+)\.(weight|bias)$", key)
+    if block is None or block[2] not in table:
+        return key
+    return f"{block[1]}{table[block[2]]}.{block[3]}"
+
+
+def is_native(keys: set[str]) -> bool:
+    """Whether a transformer's parameter names are upstream's."""
+    return any(rename(key) != key for key in keys)
+
+
+def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
+    """The diffusers class over the native weights in `folder`."""
+    import diffusers
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    cls: Any = diffusers.EasyAnimateTransformer3DModel
+    known = inspect.signature(cls.__init__).parameters
+    with torch.device("meta"):
+        model = cls(**{k: v for k, v in (config | YAML).items() if k in known})
+    weights = {
+        rename(k): v.to(dtype) for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model
+
+
+def to_native(folder: Path) -> None:
+    """Rewrite a transformer that diffusers saved into `folder` under upstream's names."""
+    from safetensors.torch import load_file, save_file
+
+    table = {new: old for old, new in NATIVE_TO_DIFFUSERS.items()}
+    for file in folder.glob("*.safetensors"):
+        save_file({rename(key, table): value for key, value in load_file(file).items()}, file)

@@ -1,0 +1,114 @@
+"""The loaded components of a checkpoint, and the tensors that travel between them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+
+from framefit.families import easyanimate_v5
+from framefit.families.checkpoint import Checkpoint, Component
+from framefit.request import ResolvedRequest
+
+__all__ = ["Family", "Notice", "Parts", "Tensors", "build", "load_parts", "noise"]
+
+Tensors = dict[str, torch.Tensor]
+"""Named conditioning. The first axis is the guidance branch, negative before positive; 1 where both share it."""
+
+Notice = Callable[[str], None]
+"""Tells the user one sentence."""
+
+
+@dataclass(slots=True)
+class Parts:
+    """Every component of one checkpoint by folder name, on one device."""
+
+    checkpoint: Checkpoint
+    components: dict[str, Any]
+    device: torch.device
+    branches: Literal["together", "apart"] = field(default="together")
+    """Whether both guidance branches run in one forward; set by the guidance pass."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.components[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.components
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Precision that a component computes in."""
+        dtype: torch.dtype = self.components[name].dtype
+        return dtype
+
+
+class Family(Protocol):
+    """The few functions that differ between families; each family file is one."""
+
+    def encode_text(self, parts: Parts, request: ResolvedRequest, notice: Notice) -> Tensors:
+        """Prompt and negative prompt -> text conditioning."""
+
+    def encode_image(
+        self,
+        parts: Parts,
+        request: ResolvedRequest,
+        first: Image.Image,
+        last: Image.Image | None,
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, Tensors]:
+        """Fitted photos -> initial latents (1, C, F, H, W) in fp32, and image conditioning.
+
+        Draws from `generator` in the order in which the reference does.
+        """
+
+    def predict(
+        self, parts: Parts, expert: str, latents: torch.Tensor, t: torch.Tensor, conditioning: Tensors, branches: slice
+    ) -> torch.Tensor:
+        """One forward of `expert` at timestep `t` for some guidance branches: (B, C, F, H, W)."""
+
+    def settle(self, latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:
+        """What is left to do to the latents once the last step is taken."""
+
+    def decode(self, parts: Parts, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Final latents -> chunks of frames, uint8 (F, H, W, 3) on the host."""
+
+
+def load_parts(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype, device: torch.device) -> Parts:
+    """Read every component of a folder. Safetensors only, local files only, no remote code."""
+    components = {}
+    for row in checkpoint.components:
+        if row.params:
+            precision = torch.float32 if row.keep_fp32 else dtype
+            components[row.name] = _load_model(checkpoint, row, folder / row.name, precision).to(device).eval()
+        else:
+            components[row.name] = _class(row).from_pretrained(folder / row.name, local_files_only=True)
+    return Parts(checkpoint, components, device)
+
+
+def build(row: Component) -> Any:
+    """A fresh component from its configuration; under `torch.device("meta")` it costs no memory."""
+    cls = _class(row)
+    if row.library == "transformers" and row.params:
+        return cls(cls.config_class(**row.config)).eval()
+    component = cls(**row.config)
+    return component.eval() if row.params else component
+
+
+def noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """Gaussian noise drawn on the CPU in fp32, so that a seed gives one video on every device and precision."""
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def _load_model(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> Any:
+    if checkpoint.layout == "easyanimate-v5" and row.name == "transformer":
+        return easyanimate_v5.load_transformer(folder, dtype)
+    precision = {"torch_dtype" if row.library == "diffusers" else "dtype": dtype}
+    return _class(row).from_pretrained(folder, local_files_only=True, use_safetensors=True, **precision)
+
+
+def _class(row: Component) -> Any:
+    return getattr(importlib.import_module(row.library), row.class_name)

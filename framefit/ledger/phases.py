@@ -1,0 +1,92 @@
+"""Phase timers. One phase runs at a time: entering another pauses the one outside.
+
+On a card the peak is torch's allocated bytes; on the CPU it is the process's resident memory (Linux: its high-water
+mark, reset at each switch; elsewhere: the larger of the readings at the phase's ends).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Ledger", "Phase"]
+
+
+@dataclass(slots=True)
+class Phase:
+    name: str
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Seconds and peak bytes by phase, in the order of first entry."""
+
+    device: str = "cpu"
+    phases: dict[str, Phase] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    on_enter: Callable[[str], None] = lambda name: None
+    """Hears the name of a phase when it is entered for the first time."""
+    last: str = ""
+    """The phase that is running, or ran last."""
+    _open: list[str] = field(default_factory=list)
+    _since: float = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Phase]:
+        """Book the time and memory of the block on `name`; re-entering adds up."""
+        self._book()
+        self._open.append(name)
+        self.last = name
+        if name not in self.phases:
+            self.on_enter(name)
+        phase = self.phases.setdefault(name, Phase(name))
+        try:
+            yield phase
+        finally:
+            self._book()
+            self._open.pop()
+
+    def note(self, sentence: str) -> None:
+        """Tell the user something: kept for the report, and logged at once."""
+        self.notices.append(sentence)
+        logging.getLogger("framefit").warning(sentence)
+
+    def _book(self) -> None:
+        """Close the account of the running phase and start a fresh one."""
+        peak = self._peak()
+        now = time.perf_counter()
+        if self._open:
+            running = self.phases[self._open[-1]]
+            running.seconds += now - self._since
+            running.peak_bytes = max(running.peak_bytes, peak)
+        self._since = now
+
+    def _peak(self) -> int:
+        """Peak bytes since the last call, on work that has finished."""
+        if self.device == "cpu":
+            return _resident_peak()
+        import torch
+
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+
+def _resident_peak() -> int:
+    """High-water mark of resident memory since the last call; /proc/self/clear_refs 5 resets it (man 5 proc)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:
+        import psutil
+
+        resident: int = psutil.Process().memory_info().rss
+        return resident

@@ -1,0 +1,97 @@
+"""A plan: what will be done, with a reason for every choice. Data only: it is saved, mailed, replayed.
+
+Nothing is decided later than this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+from framefit.device import Device
+from framefit.errors import BadInput
+from framefit.request import ResolvedRequest
+
+__all__ = ["SETTINGS", "Estimate", "Guidance", "Plan", "Setting", "Tier"]
+
+Tier = Literal["exact", "near", "lossy"]
+"""exact: the same maths reordered; near: a bounded numeric error; lossy: another computation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guidance:
+    """How the two branches of classifier-free guidance run: in one forward, or one after the other.
+
+    Apart halves the activations; together gives small models fuller kernels. The maths is the same.
+    """
+
+    type: ClassVar[str] = "guidance"
+    values: ClassVar[tuple[str, ...]] = ("together", "apart")
+    tier: ClassVar[Tier] = "exact"
+
+    value: str
+    because: str = ""
+
+    def __post_init__(self) -> None:
+        if self.value not in self.values:
+            raise BadInput(f"guidance={self.value} is unknown: use guidance={' or guidance='.join(self.values)}.")
+
+
+Setting = Guidance
+"""Every type of setting: the vocabulary of a plan."""
+
+SETTINGS: dict[str, type[Setting]] = {Guidance.type: Guidance}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What the run will need, in bytes."""
+
+    weights_bytes: int
+    """All components resident at the plan's precision."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything that a run needs to know."""
+
+    request: ResolvedRequest
+    device: Device
+    precision: str
+    """bf16, fp16 or fp32: of the weights and the arithmetic, except for components that stay in fp32"""
+    settings: tuple[Setting, ...]
+    estimate: Estimate
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Field of the request, or "precision" -> why it is so."""
+
+    def setting(self, kind: type[Setting]) -> Setting:
+        return next(s for s in self.settings if isinstance(s, kind))
+
+    def to_json(self) -> dict[str, Any]:
+        settings = [{"type": s.type, "tier": s.tier, "value": s.value, "because": s.because} for s in self.settings]
+        return {
+            "request": self.request.to_json(),
+            "device": self.device.to_json(),
+            "precision": self.precision,
+            "settings": settings,
+            "estimate": asdict(self.estimate),
+            "reasons": dict(self.reasons),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        settings = tuple(SETTINGS[s["type"]](value=s["value"], because=s["because"]) for s in data["settings"])
+        return cls(
+            request=ResolvedRequest.from_json(data["request"]),
+            device=Device.from_json(data["device"]),
+            precision=data["precision"],
+            settings=settings,
+            estimate=Estimate(**data["estimate"]),
+            reasons=data["reasons"],
+        )
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), ensure_ascii=False, indent=2)

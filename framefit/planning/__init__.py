@@ -1,0 +1,5 @@
+"""From a request to a plan."""
+
+from framefit.planning.choose import choose
+
+__all__ = ["choose"]

@@ -1,0 +1,117 @@
+"""What a person sees while a run goes on, on stderr: phases, a bar of steps, notices; and Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from argparse import Namespace
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from PIL import Image
+from tqdm import tqdm
+
+from framefit.checkpoint import default_root
+from framefit.errors import UsageError
+from framefit.pipeline import Step
+from framefit.run import Options
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """The terminal's side of one run.
+
+    The first Ctrl-C lets the step finish, so that nothing is lost; a second one stops at once.
+    """
+
+    def __init__(self, flags: Namespace) -> None:
+        if not 0 <= flags.crf <= 51:
+            raise UsageError(f"--crf is {flags.crf}, and must be from 0 to 51.")
+        if not flags.checkpoint_every >= 0:
+            raise UsageError(f"--checkpoint-every is {flags.checkpoint_every:g}, and must be 0 or more seconds.")
+        if flags.no_checkpoint and getattr(flags, "resume", None):
+            raise UsageError("--resume reads the checkpoint that --no-checkpoint refuses: leave one of them out.")
+        self._flags = flags
+        self._bar: tqdm[Any] | None = None
+        self._stop = False
+
+    def __enter__(self) -> Self:
+        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        handler = logging.StreamHandler(_Console())
+        handler.setFormatter(logging.Formatter("note: %(message)s"))
+        logging.getLogger("framefit").addHandler(handler)
+        self._handler = handler
+        _quiet_libraries()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+        logging.getLogger("framefit").removeHandler(self._handler)
+        if self._bar is not None:
+            self._bar.close()
+
+    def options(self, **facts: Any) -> Options:
+        """The run's options, with this as its listener."""
+        flags = self._flags
+        return Options(
+            device=flags.device,
+            crf=flags.crf,
+            overwrite=flags.overwrite,
+            checkpoints=None if flags.no_checkpoint else flags.checkpoint_dir or default_root(),
+            checkpoint_every_s=flags.checkpoint_every,
+            on_step=self._on_step,
+            on_phase=self._on_phase,
+            cancelled=lambda: self._stop,
+            **facts,
+        )
+
+    def _on_phase(self, name: str) -> None:
+        if not name.startswith("denoise") and name != "write":
+            _say(f"{name.replace('_', ' ')} ...")
+
+    def _on_step(self, step: Step) -> None:
+        if self._bar is None:
+            self._bar = tqdm(
+                total=step.total, initial=step.index - 1, unit="step", desc="denoise", file=sys.stderr, leave=True,
+                colour=None if "NO_COLOR" in os.environ or not sys.stderr.isatty() else "green",
+            )  # fmt: skip
+        self._bar.update()
+        if self._flags.preview:
+            Image.fromarray(step.preview()).save(self._flags.preview)
+        if step.index == step.total:
+            self._bar.close()
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _say("stopping after this step; press Ctrl-C again to stop at once.")
+
+
+class _Console:
+    """Lines written above the bar instead of through it."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            tqdm.write(text.rstrip("\n"), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
+def _quiet_libraries() -> None:
+    """Their bars and advice are about their own pipelines; errors still come through."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

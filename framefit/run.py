@@ -1,0 +1,303 @@
+"""From a request to a file: plan, load, run, write, report; and from a crash or a finished file back again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from framefit import __version__, photo, testing, video
+from framefit.checkpoint import RunFolder, State, default_root
+from framefit.device import Device
+from framefit.errors import BadCheckpoint, BadInput, Cancelled, DoesNotFit, FramefitError
+from framefit.families import Checkpoint, Sizes, find, hub
+from framefit.families.folder import fingerprint
+from framefit.ledger import Ledger
+from framefit.pipeline import Step, load
+from framefit.plan import Plan
+from framefit.planning import choose
+from framefit.report import PhaseReport, Report
+from framefit.request import Request
+
+__all__ = ["Options", "generate", "open_model", "prepare", "rerun_request", "resume"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How to run, apart from what to make."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    precision: str | None = None
+    """bf16, fp16 or fp32; None: what the device computes best"""
+    preset: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Explicit settings by type, e.g. {"guidance": "apart"}."""
+    crf: int = 18
+    """Quality of an MP4: 0 (best) to 51."""
+    overwrite: bool = False
+    checkpoints: Path | None = field(default_factory=default_root)
+    """Where step checkpoints go; None: none are kept, and a crash loses the run."""
+    checkpoint_every_s: float = 0.0
+    """Least seconds between two checkpoints; 0: every step."""
+    on_step: Callable[[Step], None] = lambda step: None
+    on_phase: Callable[[str], None] = lambda name: None
+    cancelled: Callable[[], bool] = lambda: False
+
+
+def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
+    """The model's row and the plan; no weight is read."""
+    checkpoint = open_model(request.model)
+    size = photo.load(request.image).size
+    if request.last_image is not None:
+        photo.load(request.last_image)
+    plan = choose(
+        request,
+        checkpoint,
+        Device.detect(options.device),
+        photo_size=size,
+        preset=options.preset,
+        settings=options.settings,
+        precision=options.precision,
+    )
+    return checkpoint, plan
+
+
+def generate(request: Request, output: Path, options: Options | None = None) -> Report:
+    """Make the video of `request` at `output`.
+
+    Raises:
+        FramefitError: its kinds are drawn in `framefit.errors`. Nothing is left half-written.
+    """
+    options = options or Options()
+    checkpoint, plan = prepare(request, options)
+    _check_output(plan, output, options)
+    run = None
+    if options.checkpoints is not None:
+        weights = fingerprint(hub.locate(checkpoint))
+        run = RunFolder.create(options.checkpoints, plan, weights, output)
+    return _execute(checkpoint, plan, output, run, None, options)
+
+
+def resume(id: str, output: Path | None, options: Options, *, restart: bool = False) -> Report:
+    """Go on with the run `id` from its last finished step.
+
+    Args:
+        output: where the video goes; None: where the run was to put it.
+        restart: begin again from step 0, whatever the checkpoint holds.
+
+    Raises:
+        BadCheckpoint: there is no such run, its files are corrupt, or it was made with other weights.
+    """
+    root = options.checkpoints or default_root()
+    run = RunFolder.open(root, id)
+    output = output or run.output
+    checkpoint = open_model(run.plan.request.model)
+    Device.detect(run.plan.device.id)
+    weights = fingerprint(hub.locate(checkpoint))
+    _check_output(run.plan, output, options)
+    if restart:
+        again = RunFolder.create(root, run.plan, weights, output)
+        run.discard()
+        return _execute(checkpoint, run.plan, output, again, None, options)
+    if weights != run.weights:
+        raise BadCheckpoint(
+            f"run {id} was made with other weights of {checkpoint.id} (fingerprint {run.weights}, here {weights}): "
+            f"add --restart to begin again from step 0 with these."
+        )
+    return _execute(checkpoint, run.plan, output, run, run.load(), options)
+
+
+def rerun_request(file: Path, image: Path | None, root: Path | None) -> tuple[Request, Options]:
+    """The request that made `file`, from the parameters inside it.
+
+    Args:
+        image: the photo; None: the one that `file` names, looked for beside it, here, and where it was last seen.
+        root: where step checkpoints go, beside which photos are remembered.
+
+    Raises:
+        BadInput: `file` carries no parameters, or the photo is not found.
+    """
+    made = video.parameters(file)
+    try:
+        fields, photos = dict(made["request"]), made["photos"]
+        options = Options(precision=made["precision"], settings=made["settings"], checkpoints=root)
+        for name in ("image", "last_image"):
+            if fields[name] is not None:
+                given = image if name == "image" else None
+                fields[name] = str(_find_photo(fields[name], photos[name], given, file, root))
+        return Request.from_json(fields), options
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"the parameters in {file} are not complete ({error!r}): it cannot be made again.") from None
+
+
+def open_model(model: str) -> Checkpoint:
+    """The row for a model id, a hub repository id or a folder; `tiny` is built where it does not exist yet."""
+    return _tiny() if model == "tiny" else find(model)
+
+
+def _execute(
+    checkpoint: Checkpoint, plan: Plan, output: Path, run: RunFolder | None, state: State | None, options: Options
+) -> Report:
+    began = time.perf_counter()
+    ledger = Ledger(plan.device.id, on_enter=options.on_phase)
+    resumed = None if state is None else state.step
+    if checkpoint.caution:
+        ledger.note(checkpoint.caution)
+    try:
+        pipeline = load(plan, checkpoint, ledger)
+        frames = pipeline.run(
+            state=state,
+            on_step=options.on_step,
+            save=_saver(run, plan.request.steps, options) if run else None,
+            cancelled=options.cancelled,
+        )
+        with ledger.phase("write"):
+            parameters = _parameters(plan, run)
+            _remember_photos(parameters, plan, options.checkpoints)
+            video.write(frames, output, parameters=parameters, crf=options.crf, overwrite=options.overwrite)
+    except torch.OutOfMemoryError as error:
+        raise _resumable(DoesNotFit(_out_of_memory(plan, ledger)), run) from error
+    except FramefitError as error:
+        raise _resumable(error, run) from None
+    if run:
+        run.discard()
+    return Report(
+        video=output,
+        plan=plan,
+        seconds=time.perf_counter() - began,
+        resumed_from_step=resumed,
+        phases=tuple(
+            PhaseReport(name=p.name, seconds=round(p.seconds, 4), peak_bytes=p.peak_bytes)
+            for p in ledger.phases.values()
+        ),
+        notices=tuple(ledger.notices),
+    )
+
+
+def _check_output(plan: Plan, output: Path, options: Options) -> None:
+    request = plan.request
+    video.check_output(
+        output,
+        overwrite=options.overwrite,
+        width=request.width,
+        height=request.height,
+        num_frames=request.num_frames,
+    )
+
+
+def _saver(run: RunFolder, total: int, options: Options) -> Callable[[State], None]:
+    """Saves the first and the last state, one that the user stopped at, and between them as often as asked."""
+    saved = -options.checkpoint_every_s
+
+    def save(state: State) -> None:
+        nonlocal saved
+        now = time.monotonic()
+        due = now - saved >= options.checkpoint_every_s
+        if due or state.step in (0, total) or options.cancelled():
+            run.save(state)
+            saved = now
+
+    return save
+
+
+def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:
+    """The same error, with the way to go on where there is a state to go on from; else the run's folder goes."""
+    if run is None:
+        return error
+    if not run.has_state:
+        run.discard()
+        return error
+    error.add_note(f"Go on from the last finished step with: framefit run --resume {run.id}")
+    return error
+
+
+def _out_of_memory(plan: Plan, ledger: Ledger) -> str:
+    request, phase = plan.request, ledger.last
+    return (
+        f"{plan.device.name} ran out of memory in the phase {phase} at {request.width}x{request.height}, "
+        f"{request.num_frames} frames: ask for a smaller --size or fewer --frames."
+    )
+
+
+def _parameters(plan: Plan, run: RunFolder | None) -> dict[str, Any]:
+    """What goes into the file. Photos by name and hash only: a path tells more of its owner than a video should."""
+    request = plan.request
+    fields = {k: v for k, v in request.to_json().items() if k != "shift"}
+    photos = {}
+    for name in ("image", "last_image"):
+        path = getattr(request, name)
+        if path is not None:
+            fields[name] = path.name
+            photos[name] = photo.sha256(path)
+    return {
+        "made_by": f"framefit {__version__}",
+        "request": fields,
+        "photos": photos,
+        "precision": plan.precision,
+        "settings": {s.type: s.value for s in plan.settings},
+        "weights": run.weights if run else None,
+        "device": plan.device.name,
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+        "python": platform.python_version(),
+    }
+
+
+def _remember_photos(parameters: dict[str, Any], plan: Plan, root: Path | None) -> None:
+    """Note on this machine where each photo lay, by its hash, so that `rerun` finds it again."""
+    if root is None:
+        return
+    for name, digest in parameters["photos"].items():
+        note = root.parent / "photos" / digest
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(getattr(plan.request, name).resolve()))
+
+
+def _find_photo(name: str, digest: str, given: Path | None, file: Path, root: Path | None) -> Path:
+    if given is not None:
+        if photo.sha256(given) != digest:
+            raise BadInput(f"{given} is not the photo that {file} was made from ({name}, SHA-256 {digest[:16]}...).")
+        return given
+    candidates = [file.parent / name, Path(name)]
+    with contextlib.suppress(OSError):
+        candidates.append(Path(((root or default_root()).parent / "photos" / digest).read_text()))
+    for candidate in candidates:
+        if candidate.is_file() and photo.sha256(candidate) == digest:
+            return candidate
+    raise BadInput(
+        f"the photo that {file} was made from ({name}) is not here: give it with --image (SHA-256 {digest[:16]}...)."
+    )
+
+
+def _tiny() -> Checkpoint:
+    """A stand-in of Wan2.2-I2V-A14B's architecture with random weights, in the user's cache."""
+    import platformdirs
+
+    folder = Path(platformdirs.user_cache_dir("framefit")) / f"tiny-{__version__}-{version('diffusers')}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            testing.save_tiny("wan2.2-i2v-a14b", Path(scratch) / "tiny")
+            with contextlib.suppress(OSError):  # another process was first
+                os.replace(Path(scratch) / "tiny", folder)
+    return replace(
+        find(str(folder)),
+        id="tiny",
+        title="Stand-in with random weights (Wan2.2-I2V-A14B made small)",
+        sizes=Sizes(multiple=16, default=(384, 256), named=((384, 256),), max_area=512 * 512, min_side=64),
+        frames=replace(find(str(folder)).frames, default=17, trained=17),
+        steps=6,
+        presets={},
+        caution="model 'tiny' has random weights: it shows that everything works, and its video shows only noise.",
+    )

@@ -1,0 +1,81 @@
+"""What the tests share: a photo, tiny checkpoints built once, and plans for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from framefit.device import Device
+from framefit.families import Checkpoint
+from framefit.families.parts import Parts, load_parts
+from framefit.planning import choose
+from framefit.plan import Plan
+from framefit.request import Request
+from framefit.testing import save_tiny
+
+torch.set_num_threads(2)
+
+SIZE = (96, 64)
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smooth, coloured picture with an edge in it."""
+    y, x = np.mgrid[0:80, 0:120] / 80
+    pixels = np.stack([x / 1.5, y, (x > 0.7) * 0.8], axis=-1)
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray((pixels * 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def end_photo(photo: Path) -> Path:
+    path = photo.with_name("end.png")
+    Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """Row id -> its tiny checkpoint, built once."""
+    root, rows = tmp_path_factory.mktemp("tiny"), {}
+
+    def build(id: str) -> Checkpoint:
+        if id not in rows:
+            rows[id] = save_tiny(id, root / id)
+        return rows[id]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Device:
+    return Device.detect("cpu")
+
+
+@pytest.fixture
+def make_plan(photo: Path, cpu: Device) -> Callable[..., Plan]:
+    """(checkpoint, settings, **request fields) -> a plan for a small, short video."""
+
+    def make(checkpoint: Checkpoint, settings: dict[str, str] | None = None, **fields: Any) -> Plan:
+        defaults: dict[str, Any] = {"prompt": "a boat drifts to the left", "num_frames": 5, "steps": 4, "seed": 7}
+        defaults |= {"width": SIZE[0], "height": SIZE[1], "image": photo}
+        request = Request(model=str(checkpoint.folder), **(defaults | fields))
+        return choose(request, checkpoint, cpu, photo_size=(120, 80), settings=settings)
+
+    return make
+
+
+@pytest.fixture
+def load_fp32() -> Callable[[Checkpoint], Parts]:
+    def load(checkpoint: Checkpoint) -> Parts:
+        assert checkpoint.folder is not None
+        return load_parts(checkpoint, checkpoint.folder, dtype=torch.float32, device=torch.device("cpu"))
+
+    return load
