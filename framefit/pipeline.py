@@ -52,7 +52,7 @@ class Step:
     latents: torch.Tensor
     """(1, C, F, H, W), fp32."""
     preview: Callable[[], Frame]
-    """Decodes what the middle of the video will look like, as far as is known: uint8 (H, W, 3). Costs one small decode."""
+    """The middle of the video as far as it is known, uint8 (H, W, 3); costs the decoding of one latent frame."""
 
 
 def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pipeline:
@@ -130,7 +130,9 @@ class Pipeline:
             text = self._within_range(("text_encoder", "text_encoder_2"), encode_text)
         with self.ledger.phase("encode_image"):
             latents, image = self._within_range(("image_encoder", "vae"), encode_image)
-        return State(step=0, latents=latents, conditioning=text | image, scheduler={})
+        # contiguous, as they are after a resume: kernels round by memory layout
+        conditioning = {name: tensor.contiguous() for name, tensor in (text | image).items()}
+        return State(step=0, latents=latents, conditioning=conditioning, scheduler={})
 
     @torch.no_grad()
     def denoise(

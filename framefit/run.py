@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from framefit import __version__, photo, testing, video
 from framefit.checkpoint import RunFolder, State, default_root
 from framefit.device import Device
-from framefit.errors import BadCheckpoint, BadInput, Cancelled, DoesNotFit, FramefitError
+from framefit.errors import BadCheckpoint, BadInput, DoesNotFit, FramefitError
 from framefit.families import Checkpoint, Sizes, find, hub
 from framefit.families.folder import fingerprint
 from framefit.ledger import Ledger
@@ -290,7 +288,7 @@ def _tiny() -> Checkpoint:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             testing.save_tiny("wan2.2-i2v-a14b", Path(scratch) / "tiny")
             with contextlib.suppress(OSError):  # another process was first
-                os.replace(Path(scratch) / "tiny", folder)
+                (Path(scratch) / "tiny").replace(folder)
     return replace(
         find(str(folder)),
         id="tiny",

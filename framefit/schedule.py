@@ -39,9 +39,12 @@ class Schedule:
         return scaled
 
     def step(self, prediction: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The latents one step on."""
+        """The latents one step on.
+
+        Contiguous, as they are after a resume: kernels round by memory layout.
+        """
         after: torch.Tensor = self._scheduler.step(prediction, t, latents, return_dict=False)[0]
-        return after
+        return after.contiguous()
 
     def denoised(self, prediction: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
         """What the prediction of step `index`, made from `latents`, says the finished latents are."""

@@ -14,8 +14,8 @@ from PIL import Image
 from framefit.device import Device
 from framefit.families import Checkpoint
 from framefit.families.parts import Parts, load_parts
-from framefit.planning import choose
 from framefit.plan import Plan
+from framefit.planning import choose
 from framefit.request import Request
 from framefit.testing import save_tiny
 

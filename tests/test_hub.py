@@ -66,7 +66,8 @@ class FakeHub(BaseHTTPRequestHandler):
         cut = hub.cut.pop(name, None) if self.command == "GET" else None
         return self.answer(500, {}) if cut == 0 else self.answer(206 if start else 200, about, data[start:], cut)
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def answer(self, code: int, headers: dict[str, str], body: bytes = b"", cut: int | None = None) -> None:
         self.send_response(code)
@@ -136,7 +137,7 @@ def pull(server: Any, home: Path, row: Checkpoint = ROW, **hf: str) -> Any:
     env |= {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **hf}
     env["PYTHONPATH"] = str(Path(hub.__file__).parents[2])
     command = [sys.executable, "-W", "error", "-c", PULL]
-    done = subprocess.run(command, input=pickle.dumps(row), env=env, capture_output=True, timeout=60)
+    done = subprocess.run(command, input=pickle.dumps(row), env=env, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -172,11 +173,13 @@ def test_a_pull_that_breaks_off_is_taken_up_where_it_broke(server: Any, tmp_path
     cut, refused = shards(server.root)[1:3]
     server.cut = {cut: 1000, refused: 0}
     told = pull(server, tmp_path)
-    assert told["error"] == "ModelMissing" and "answered HTTP 500" in told["message"]
+    assert told["error"] == "ModelMissing"
+    assert "answered HTTP 500" in told["message"]
     assert [r for method, name, r in server.asked if method == "GET" and name == cut] == [None, "bytes=1000-"]
     before, server.asked = fetched(server) - {refused}, []
     again = pull(server, tmp_path)
-    assert again["path"] and " of it still to fetch;" in again["notices"][0]
+    assert again["path"]
+    assert " of it still to fetch;" in again["notices"][0]
     assert fetched(server) == names(server.root) - UNWANTED - before
 
 
@@ -203,14 +206,15 @@ def test_a_full_disk_is_told_first(server: Any, cached: Path, monkeypatch: pytes
 
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     shutil.rmtree(cached.parents[1])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))
     with pytest.raises(DoesNotFit, match=r"needs 0\.\d\d MB more at .* and 0\.00 MB is free there"):
-        hub.pull(ROW, on_notice=lambda text: None)
+        hub.pull(ROW, on_notice=lambda _: None)
 
 
 def test_a_sound_checkpoint_has_no_problems(cached: Path, published: Path) -> None:
     read: list[str] = []
-    assert hub.locate(ROW) == cached and hub.is_present(ROW)
+    assert hub.locate(ROW) == cached
+    assert hub.is_present(ROW)
     assert hub.verify(ROW, on_file=read.append) == hub.verify(replace(ROW, folder=published)) == []
     assert set(read) == names(cached) - {"model_index.json", "LICENSE"}
 
@@ -224,19 +228,24 @@ def test_a_cut_file_and_a_flipped_byte_are_named_and_mended(cached: Path, server
     ways = [f"delete {blob} and run 'framefit models pull tiny-wan'." for blob in blobs]
     length = f"{cut} is {size - 10:,} bytes long, and its header says {size:,}: {ways[0]}"
     assert hub.verify(ROW, deep=False) == [length]
-    assert hub.verify(ROW)[0] == length and len(hub.verify(ROW)) == 2
-    assert hub.verify(ROW)[1].startswith(f"{flipped} has sha256 ") and hub.verify(ROW)[1].endswith(ways[1])
+    assert hub.verify(ROW)[0] == length
+    assert len(hub.verify(ROW)) == 2
+    assert hub.verify(ROW)[1].startswith(f"{flipped} has sha256 ")
+    assert hub.verify(ROW)[1].endswith(ways[1])
     for blob in blobs:
         blob.unlink()
     server.asked.clear()
-    assert pull(server, tmp_path)["path"] and fetched(server) == {cut, flipped} and hub.verify(ROW) == []
+    assert pull(server, tmp_path)["path"]
+    assert fetched(server) == {cut, flipped}
+    assert hub.verify(ROW) == []
 
 
 def test_what_is_missing_is_named(cached: Path, tmp_path: Path) -> None:
     second, vae = cached / shards(cached)[1], cached / "vae/diffusion_pytorch_model.safetensors"
     gaps = [f"transformer/{second.name} is missing (shard 2 of {len(shards(cached))})"]
     second.unlink()
-    assert hub.verify(ROW) == gaps and not hub.is_present(ROW)
+    assert hub.verify(ROW) == gaps
+    assert not hub.is_present(ROW)
     with pytest.raises(ModelMissing) as told:
         hub.locate(ROW)
     assert str(told.value).startswith(f"tiny-wan is incomplete at {cached}: {gaps[0]}. To go on, run 'framefit models")
@@ -286,4 +295,6 @@ def test_keys_shapes_and_indexes_are_compared(published: Path, tmp_path: Path) -
     ]
     assert hub.verify(row) == problems
     renamed = hub.verify(row, rename=lambda part, key: f"native.{key}" if part == "transformer" else key)
-    assert len(renamed) == 6 and renamed[2].startswith("transformer/ lacks ") and "holds native." in renamed[3]
+    assert len(renamed) == 6
+    assert renamed[2].startswith("transformer/ lacks ")
+    assert "holds native." in renamed[3]

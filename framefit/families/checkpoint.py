@@ -80,10 +80,10 @@ class Sizes:
         return whole and min(width, height) >= self.min_side and width * height <= self.max_area
 
     def _around(self, side: float) -> list[int]:
-        """Legal sides near `side`: two below, two above."""
-        low = int(side // self.multiple) * self.multiple
+        """Whole multiples near `side`: two below, two above, none under the least."""
+        low = int(max(side, self.min_side) // self.multiple) * self.multiple
         steps = (low + k * self.multiple for k in (-1, 0, 1, 2))
-        return sorted({max(s, math.ceil(self.min_side / self.multiple) * self.multiple) for s in steps})
+        return [step for step in steps if step >= self.min_side]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

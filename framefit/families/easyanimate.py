@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 from PIL import Image
-from torch.nn import functional as F
+from torch.nn.functional import interpolate
 
 from framefit.families.parts import Notice, Parts, Tensors, noise
 from framefit.families.pixels import to_frames, to_tensor
@@ -106,7 +106,7 @@ def decode(parts: Parts, latents: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _qwen(parts: Parts, prompt: str, notice: Notice) -> torch.Tensor:
-    """(1, 256, D): the last hidden states but one for the prompt as a chat message. The language model's head is left out: only its hidden states are read."""
+    """(1, 256, D): the last hidden states but one for the prompt as a chat message; the model's head is left out."""
     tokenizer = parts["tokenizer"]
     message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
     text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
@@ -141,5 +141,5 @@ def _known_frames(num_frames: int, latent_frames: int, *, with_last: bool) -> to
         known[:, :, -1] = 1
     if latent_frames == 1:
         return known[:, :, :1]
-    later = F.interpolate(known[:, :, 1:], size=(latent_frames - 1, 1, 1), mode="trilinear", align_corners=False)
+    later = interpolate(known[:, :, 1:], size=(latent_frames - 1, 1, 1), mode="trilinear", align_corners=False)
     return torch.cat([known[:, :, :1], later], dim=2)

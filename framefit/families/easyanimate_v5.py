@@ -33,7 +33,7 @@ YAML = {
     "resize_inpaint_mask_directly": True,
     "time_position_encoding_type": "3d_rope",
 }
-"""Upstream's launch file puts these over transformer/config.json (easyanimate_video_v5_magvit_multi_text_encoder.yaml)."""
+"""What upstream's easyanimate_video_v5_magvit_multi_text_encoder.yaml puts over transformer/config.json."""
 
 
 def rename(key: str, table: dict[str, str] = NATIVE_TO_DIFFUSERS) -> str:

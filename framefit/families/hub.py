@@ -10,7 +10,6 @@ import errno
 import hashlib
 import importlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -91,7 +90,7 @@ def verify(
     checkpoint: Checkpoint,
     *,
     deep: bool = True,
-    on_file: Callable[[str], None] = lambda name: None,
+    on_file: Callable[[str], None] = lambda _: None,
     rename: Callable[[str, str], str] | None = None,
 ) -> list[str]:
     """What is wrong with the files, a sentence each; an empty list is a sound checkpoint.
@@ -309,7 +308,7 @@ def _header(file: Path) -> tuple[Shapes | None, str | None]:
 
 def _hash_differs(file: Path) -> str | None:
     # One link only: a blob may itself link into a store that all repositories of the cache share, under another hash.
-    blob = Path(os.readlink(file)) if file.is_symlink() else file
+    blob = file.readlink() if file.is_symlink() else file
     if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", blob.name):
         return None
     with file.open("rb") as stream:

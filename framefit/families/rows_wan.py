@@ -32,7 +32,7 @@ NEGATIVE_PROMPT = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-"""`sample_neg_prompt` of wan/configs/shared_config.py [2.1, 2.2]; the 2.1 image-to-video model puts a phrase before it."""
+"""`sample_neg_prompt` of wan/configs/shared_config.py [2.1, 2.2]; 2.1's image-to-video puts a phrase before it."""
 
 AREA_480P = 832 * 480
 AREA_720P = 1280 * 720

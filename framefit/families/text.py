@@ -23,7 +23,7 @@ def tokenize(
         text, padding="max_length", max_length=max_tokens, truncation=True, return_attention_mask=True,
         return_tensors="pt", **facts,
     )  # fmt: skip
-    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     room = max_tokens - tokenizer.num_special_tokens_to_add()
     if len(whole.input_ids) > room:
         end = text.rfind(prompt) + len(prompt)

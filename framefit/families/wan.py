@@ -19,8 +19,8 @@ from PIL import Image
 
 from framefit.families.parts import Notice, Parts, Tensors, noise
 from framefit.families.pixels import to_frames, to_tensor
-from framefit.request import ResolvedRequest
 from framefit.families.text import tokenize
+from framefit.request import ResolvedRequest
 
 __all__ = ["decode", "encode_image", "encode_text", "predict", "settle"]
 

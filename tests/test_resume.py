@@ -1,0 +1,205 @@
+"""A run that is killed goes on from its last finished step, to the same bits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+import torch
+
+from framefit import checkpoint as checkpoints
+from framefit.checkpoint import RunFolder, State
+from framefit.errors import BadCheckpoint, BadInput
+from framefit.families import Checkpoint, find
+from framefit.families.folder import fingerprint
+from framefit.ledger import Ledger
+from framefit.pipeline import Pipeline, load
+from framefit.plan import Plan
+
+STEPS = 6
+FAMILIES = ["wan2.2-i2v-a14b", "wan2.2-ti2v-5b", "easyanimate-v5.1-7b-inp", "easyanimate-v5-7b-zh-inp", "i2vgen-xl"]
+
+
+@pytest.fixture(scope="module")
+def fork() -> Iterator[ForkServerContext]:
+    """Processes that start with everything imported and no thread running."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["framefit.run", "diffusers.models.transformers.transformer_wan"])
+    yield context
+
+
+def open_pipeline(run: RunFolder) -> Pipeline:
+    torch.set_num_threads(1)  # as in the processes that are killed: sums are split by threads
+    row = find(run.plan.request.model)
+    return load(run.plan, row, Ledger())
+
+
+def run_until_killed(root: Path, id: str, step: int) -> None:
+    """In a process of its own: go on with a run, and die right after `step` is on disk."""
+    run = RunFolder.open(root, id)
+
+    def save(state: State) -> None:
+        run.save(state)
+        if state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    open_pipeline(run).run(state=run.load(), save=save)
+
+
+def new_run(root: Path, row: Checkpoint, plan: Plan) -> RunFolder:
+    assert row.folder is not None
+    return RunFolder.create(root, plan, fingerprint(row.folder), root / "out.mp4")
+
+
+def killed(fork: ForkServerContext, run: RunFolder, step: int) -> None:
+    process = fork.Process(target=run_until_killed, args=(run.path.parent, run.id, step))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("id", FAMILIES)
+def test_killed_at_every_step_the_latents_are_the_same_bits(
+    id: str,
+    tmp_path: Path,
+    fork: ForkServerContext,
+    tiny: Callable[[str], Checkpoint],
+    make_plan: Callable[..., Plan],
+) -> None:
+    row = tiny(id)
+    plan = make_plan(row, steps=STEPS, guidance=(3.0,))
+    run = new_run(tmp_path, row, plan)
+    whole = open_pipeline(run)
+    expected = whole.encode()
+    whole.denoise(expected)
+    for step in range(STEPS + 1):
+        killed(fork, run, step)
+        state = RunFolder.open(tmp_path, run.id).load()
+        assert state is not None
+        assert state.step == step
+    resumed = open_pipeline(run)
+    frames = list(resumed.run(state=run.load()).frames)
+    final = run.load()
+    assert final is not None
+    assert torch.equal(final.latents, expected.latents)
+    assert len(frames) == plan.request.num_frames
+
+
+def write_for_ever(root: Path, id: str) -> None:
+    run = RunFolder.open(root, id)
+    state = run.load()
+    assert state is not None
+    for step in range(1_000_000):
+        state.step = step
+        state.latents = torch.full_like(state.latents, step)
+        run.save(state)
+
+
+def test_killed_at_any_moment_the_state_is_whole(
+    tmp_path: Path, fork: ForkServerContext, tiny: Callable[[str], Checkpoint], make_plan: Callable[..., Plan]
+) -> None:
+    row = tiny("i2vgen-xl")
+    run = new_run(tmp_path, row, make_plan(row))
+    run.save(open_pipeline(run).encode())
+    seen = set()
+    for delay in range(12):
+        process = fork.Process(target=write_for_ever, args=(tmp_path, run.id))
+        process.start()
+        time.sleep(0.6 + 0.017 * delay)
+        process.kill()
+        process.join()
+        state = RunFolder.open(tmp_path, run.id).load()
+        assert state is not None
+        assert bool((state.latents == state.step).all()) or state.step == 0
+        seen.add(state.step)
+    assert max(seen) > 0
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tiny: Callable[[str], Checkpoint], make_plan: Callable[..., Plan]) -> RunFolder:
+    """A run that stands after its second step."""
+    row = tiny("wan2.2-i2v-a14b")
+    run = new_run(tmp_path, row, make_plan(row))
+    pipeline = open_pipeline(run)
+
+    class Stop(Exception):
+        pass
+
+    def save(state: State) -> None:
+        run.save(state)
+        if state.step == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        pipeline.run(save=save)
+    return run
+
+
+@pytest.mark.parametrize("name", ["step.safetensors", "conditioning.safetensors"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "gone"])
+def test_a_corrupt_checkpoint_is_refused_by_name(saved: RunFolder, name: str, damage: str) -> None:
+    file = saved.path / name
+    content = file.read_bytes()
+    if damage == "flipped":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif name.startswith("conditioning"):
+        file.unlink()
+    else:
+        pytest.skip("without a step the run has not begun")
+    with pytest.raises(BadCheckpoint, match=f"{name} is corrupt.*--restart"):
+        saved.load()
+
+
+def test_a_changed_fact_is_noticed_like_a_changed_tensor(saved: RunFolder) -> None:
+    file = saved.path / "step.safetensors"
+    content = file.read_bytes()
+    assert content.count(b'\\"step\\": 2') == 1
+    file.write_bytes(content.replace(b'\\"step\\": 2', b'\\"step\\": 3'))
+    with pytest.raises(BadCheckpoint, match="hash"):
+        saved.load()
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    saved: RunFolder, tmp_path: Path, tiny: Callable[[str], Checkpoint], make_plan: Callable[..., Plan]
+) -> None:
+    other = new_run(tmp_path, tiny("wan2.2-i2v-a14b"), make_plan(tiny("wan2.2-i2v-a14b"), seed=8))
+    for name in ("step.safetensors", "conditioning.safetensors"):
+        (other.path / name).write_bytes((saved.path / name).read_bytes())
+    with pytest.raises(BadCheckpoint, match="belongs to another run"):
+        other.load()
+
+
+@pytest.mark.parametrize("id", ["20260101-000000-abcdef", "../../etc", "", "nonsense"])
+def test_unknown_runs_are_answered_with_those_that_exist(saved: RunFolder, id: str) -> None:
+    with pytest.raises(BadCheckpoint, match=saved.id):
+        RunFolder.open(saved.path.parent, id)
+
+
+def test_a_plan_that_cannot_be_read_is_said_so(saved: RunFolder) -> None:
+    (saved.path / "plan.json").write_text('{"plan": {}}')
+    with pytest.raises(BadCheckpoint, match="plan of run .* cannot be read"):
+        RunFolder.open(saved.path.parent, saved.id)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    tmp_path: Path, tiny: Callable[[str], Checkpoint], make_plan: Callable[..., Plan]
+) -> None:
+    (tmp_path / "file").write_text("")
+    row = tiny("i2vgen-xl")
+    with pytest.raises(BadInput, match="cannot be written.*--checkpoint-dir"):
+        new_run(tmp_path / "file", row, make_plan(row))
+
+
+def test_a_finished_run_leaves_nothing(saved: RunFolder) -> None:
+    saved.discard()
+    assert checkpoints.list_runs(saved.path.parent) == []
