@@ -164,7 +164,7 @@ class RunFolder:
         try:
             with safe_open(file, framework="pt") as stream:
                 metadata = dict(stream.metadata() or {})
-                # clone: a view of the mapped file is aligned otherwise than torch's own memory, and kernels round by that
+                # clone: a view of the file is aligned otherwise than torch's own memory, and kernels round by that
                 tensors = {key: stream.get_tensor(key).clone() for key in stream.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise BadCheckpoint(f"the checkpoint {file} is corrupt ({error}): {_ANEW}") from None

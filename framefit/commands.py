@@ -123,11 +123,11 @@ def models_pull(flags: Namespace) -> None:
 
 
 def models_verify(flags: Namespace) -> int:
-    from framefit.families import easyanimate_v5, find, hub
+    from framefit.families import easyanimate_v5, find, soundness
 
     row = find(flags.model)
     native = row.layout == "easyanimate-v5"
-    problems = hub.verify(
+    problems = soundness.verify(
         row,
         deep=not flags.quick,
         on_file=lambda name: print(name, file=sys.stderr),

@@ -64,7 +64,6 @@ def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pi
     ledger = ledger or Ledger(plan.device.id)
     with ledger.phase("load"):
         folder = hub.locate(checkpoint)
-        hub.needed_files(folder, checkpoint)
         parts = load_parts(
             checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id)
         )  # fmt: skip

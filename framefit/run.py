@@ -19,7 +19,7 @@ from framefit.checkpoint import RunFolder, State, default_root
 from framefit.device import Device
 from framefit.errors import BadCheckpoint, BadInput, DoesNotFit, FramefitError
 from framefit.families import Checkpoint, Sizes, find, hub
-from framefit.families.folder import fingerprint
+from framefit.families.files import fingerprint
 from framefit.ledger import Ledger
 from framefit.pipeline import Step, load
 from framefit.plan import Plan

@@ -109,7 +109,9 @@ def test_every_module_says_what_is_public() -> None:
     for name, tree in modules():
         if name.endswith("__main__"):
             continue
-        assigned = {t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+        assigned = {
+            t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+        }
         assert "__all__" in assigned, name
         assert ast.get_docstring(tree), name
 

@@ -12,7 +12,7 @@ import torch
 
 from framefit.errors import BadInput, ModelMissing
 from framefit.families import CHECKPOINTS, Checkpoint, Sizes, easyanimate_v5, find, recognise
-from framefit.families.folder import fingerprint, header
+from framefit.families.files import fingerprint, header
 from framefit.families.parts import Parts, build
 from framefit.testing import save_tiny
 
@@ -26,6 +26,8 @@ PUBLISHED = {
 }
 MODELS = [(row.id, part.name) for row in CHECKPOINTS.values() for part in row.components if part.params]
 REST = [(row.id, part.name) for row in CHECKPOINTS.values() for part in row.components if not part.params]
+WAN_T2V = {"_class_name": "WanTransformer3DModel", "in_channels": 16, "out_channels": 16}
+EASYANIMATE_T2V = {"_class_name": "EasyAnimateTransformer3DModel", "in_channels": 16}
 
 
 @pytest.mark.parametrize(("id", "name"), MODELS)
@@ -48,7 +50,11 @@ def test_tiny_folders_are_recognised_and_every_parameter_is_random(
     id: str, tiny: Callable[[str], Checkpoint], load_fp32: Callable[[Checkpoint], Parts]
 ) -> None:
     row = tiny(id)
-    assert (row.family, row.layout, row.sizes) == (CHECKPOINTS[id].family, CHECKPOINTS[id].layout, CHECKPOINTS[id].sizes)
+    assert (row.family, row.layout, row.sizes) == (
+        CHECKPOINTS[id].family,
+        CHECKPOINTS[id].layout,
+        CHECKPOINTS[id].sizes,
+    )
     if id != "wan2.1-i2v-14b-720p":
         assert row.experts == CHECKPOINTS[id].experts
     parts = load_fp32(row)
@@ -91,14 +97,8 @@ def test_an_unknown_model_is_answered_with_the_nearest() -> None:
         ({"transformer/config.json": "{"}, "cannot be read as JSON"),
         ({"transformer/config.json": "[]"}, "holds no JSON object"),
         ({"transformer/config.json": '{"_class_name": "FluxTransformer2DModel"}'}, "holds a FluxTransformer2DModel"),
-        (
-            {"transformer/config.json": '{"_class_name": "WanTransformer3DModel", "in_channels": 16, "out_channels": 16}'},
-            "text-to-video",
-        ),
-        (
-            {"transformer/config.json": '{"_class_name": "EasyAnimateTransformer3DModel", "in_channels": 16}'},
-            "16 input channels",
-        ),
+        ({"transformer/config.json": json.dumps(WAN_T2V)}, "text-to-video"),
+        ({"transformer/config.json": json.dumps(EASYANIMATE_T2V)}, "16 input channels"),
         ({"unet/config.json": '{"_class_name": "I2VGenXLUNet"}'}, "lacks the folder vae"),
     ],
 )
@@ -143,14 +143,17 @@ def test_fingerprints_tell_weights_of_one_shape_apart(tmp_path: Path) -> None:
 
 
 def test_a_header_is_read_and_a_cut_file_refused(tmp_path: Path, tiny: Callable[[str], Checkpoint]) -> None:
-    folder = tiny("i2vgen-xl").folder
+    folder = tiny("easyanimate-v5.1-7b-inp").folder
     assert folder is not None
-    whole = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    assert header(whole)["decoder.conv_in.weight"]["shape"] == [8, 4, 3, 3]
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(whole.read_bytes()[:-1])
-    with pytest.raises(ModelMissing, match="cut off"):
-        header(cut)
+    shapes, wrong = header(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert shapes is not None
+    assert wrong is None
+    assert shapes["decoder.conv_in.weight"] == (8, 16, 3, 3, 3)
+    shutil.copytree(folder, tmp_path / "cut")
+    cut = tmp_path / "cut" / "transformer" / "diffusion_pytorch_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(ModelMissing, match=r"is [\d,]+ bytes long, and its header says"):
+        recognise(tmp_path / "cut")
 
 
 SIZES = Sizes(multiple=16, default=(1280, 720), named=(), max_area=1280 * 720, min_side=64)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from framefit.errors import DoesNotFit, ModelMissing, UsageError
-from framefit.families import CHECKPOINTS, Checkpoint, hub
+from framefit.families import CHECKPOINTS, Checkpoint, hub, soundness
 
 REPO, COMMIT = "someone/Tiny-Wan", "c0ffee" + 34 * "0"
 UNWANTED = {
@@ -215,7 +215,7 @@ def test_a_sound_checkpoint_has_no_problems(cached: Path, published: Path) -> No
     read: list[str] = []
     assert hub.locate(ROW) == cached
     assert hub.is_present(ROW)
-    assert hub.verify(ROW, on_file=read.append) == hub.verify(replace(ROW, folder=published)) == []
+    assert soundness.verify(ROW, on_file=read.append) == hub.verify(replace(ROW, folder=published)) == []
     assert set(read) == names(cached) - {"model_index.json", "LICENSE"}
 
 
@@ -227,24 +227,24 @@ def test_a_cut_file_and_a_flipped_byte_are_named_and_mended(cached: Path, server
     blobs[1].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     ways = [f"delete {blob} and run 'framefit models pull tiny-wan'." for blob in blobs]
     length = f"{cut} is {size - 10:,} bytes long, and its header says {size:,}: {ways[0]}"
-    assert hub.verify(ROW, deep=False) == [length]
-    assert hub.verify(ROW)[0] == length
-    assert len(hub.verify(ROW)) == 2
-    assert hub.verify(ROW)[1].startswith(f"{flipped} has sha256 ")
-    assert hub.verify(ROW)[1].endswith(ways[1])
+    assert soundness.verify(ROW, deep=False) == [length]
+    assert soundness.verify(ROW)[0] == length
+    assert len(soundness.verify(ROW)) == 2
+    assert soundness.verify(ROW)[1].startswith(f"{flipped} has sha256 ")
+    assert soundness.verify(ROW)[1].endswith(ways[1])
     for blob in blobs:
         blob.unlink()
     server.asked.clear()
     assert pull(server, tmp_path)["path"]
     assert fetched(server) == {cut, flipped}
-    assert hub.verify(ROW) == []
+    assert soundness.verify(ROW) == []
 
 
 def test_what_is_missing_is_named(cached: Path, tmp_path: Path) -> None:
     second, vae = cached / shards(cached)[1], cached / "vae/diffusion_pytorch_model.safetensors"
     gaps = [f"transformer/{second.name} is missing (shard 2 of {len(shards(cached))})"]
     second.unlink()
-    assert hub.verify(ROW) == gaps
+    assert soundness.verify(ROW) == gaps
     assert not hub.is_present(ROW)
     with pytest.raises(ModelMissing) as told:
         hub.locate(ROW)
@@ -259,7 +259,7 @@ def test_what_is_missing_is_named(cached: Path, tmp_path: Path) -> None:
         "tokenizer/ has no vocabulary (tokenizer.json or spiece.model, for example)",
         "the folder scheduler/ is missing",
     ):
-        assert gap in hub.verify(ROW)
+        assert gap in soundness.verify(ROW)
     with pytest.raises(ModelMissing, match=r"its 34.2 GB \(31.9 GiB\) \(licence Apache-2.0\) with 'framefit models"):
         hub.locate(replace(ROW, repo="someone/else"))
     with pytest.raises(ModelMissing, match="there is no such folder"):
@@ -293,8 +293,8 @@ def test_keys_shapes_and_indexes_are_compared(published: Path, tmp_path: Path) -
         "vae/ holds quant_conv.bias of shape [3], and AutoencoderKLWan needs [32].",
         "text_encoder/ lacks encoder.final_layer_norm.weight, which UMT5EncoderModel needs.",
     ]
-    assert hub.verify(row) == problems
-    renamed = hub.verify(row, rename=lambda part, key: f"native.{key}" if part == "transformer" else key)
+    assert soundness.verify(row) == problems
+    renamed = soundness.verify(row, rename=lambda part, key: f"native.{key}" if part == "transformer" else key)
     assert len(renamed) == 6
     assert renamed[2].startswith("transformer/ lacks ")
     assert "holds native." in renamed[3]

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from framefit import checkpoint as checkpoints
 from framefit.checkpoint import RunFolder, State
 from framefit.errors import BadCheckpoint, BadInput
 from framefit.families import Checkpoint, find
-from framefit.families.folder import fingerprint
+from framefit.families.files import fingerprint
 from framefit.ledger import Ledger
 from framefit.pipeline import Pipeline, load
 from framefit.plan import Plan
@@ -27,11 +27,11 @@ FAMILIES = ["wan2.2-i2v-a14b", "wan2.2-ti2v-5b", "easyanimate-v5.1-7b-inp", "eas
 
 
 @pytest.fixture(scope="module")
-def fork() -> Iterator[ForkServerContext]:
+def fork() -> ForkServerContext:
     """Processes that start with everything imported and no thread running."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["framefit.run", "diffusers.models.transformers.transformer_wan"])
-    yield context
+    return context
 
 
 def open_pipeline(run: RunFolder) -> Pipeline:
@@ -141,8 +141,13 @@ def saved(tmp_path: Path, tiny: Callable[[str], Checkpoint], make_plan: Callable
     return run
 
 
-@pytest.mark.parametrize("name", ["step.safetensors", "conditioning.safetensors"])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "gone"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, d) for name in ("step.safetensors", "conditioning.safetensors") for d in ("flipped", "cut", "empty")),
+        ("conditioning.safetensors", "gone"),  # without a step the run has not begun, and that is no corruption
+    ],
+)
 def test_a_corrupt_checkpoint_is_refused_by_name(saved: RunFolder, name: str, damage: str) -> None:
     file = saved.path / name
     content = file.read_bytes()
@@ -152,10 +157,8 @@ def test_a_corrupt_checkpoint_is_refused_by_name(saved: RunFolder, name: str, da
         file.write_bytes(content[: len(content) // 2])
     elif damage == "empty":
         file.write_bytes(b"")
-    elif name.startswith("conditioning"):
-        file.unlink()
     else:
-        pytest.skip("without a step the run has not begun")
+        file.unlink()
     with pytest.raises(BadCheckpoint, match=f"{name} is corrupt.*--restart"):
         saved.load()
 
@@ -187,7 +190,7 @@ def test_unknown_runs_are_answered_with_those_that_exist(saved: RunFolder, id: s
 
 def test_a_plan_that_cannot_be_read_is_said_so(saved: RunFolder) -> None:
     (saved.path / "plan.json").write_text('{"plan": {}}')
-    with pytest.raises(BadCheckpoint, match="plan of run .* cannot be read"):
+    with pytest.raises(BadCheckpoint, match=r"plan of run .* cannot be read"):
         RunFolder.open(saved.path.parent, saved.id)
 
 
@@ -196,7 +199,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     row = tiny("i2vgen-xl")
-    with pytest.raises(BadInput, match="cannot be written.*--checkpoint-dir"):
+    with pytest.raises(BadInput, match=r"cannot be written.*--checkpoint-dir"):
         new_run(tmp_path / "file", row, make_plan(row))
 
 

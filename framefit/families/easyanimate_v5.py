@@ -11,9 +11,10 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["NATIVE_TO_DIFFUSERS", "is_native", "load_transformer", "rename", "to_native"]
 
@@ -52,6 +53,7 @@ def is_native(keys: set[str]) -> bool:
 def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
     """The diffusers class over the native weights in `folder`."""
     import diffusers
+    import torch
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())

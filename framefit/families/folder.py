@@ -6,7 +6,6 @@ own configurations and counts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import replace
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from framefit.errors import ModelMissing
+from framefit.families import easyanimate_v5
 from framefit.families.checkpoint import Checkpoint, Component
+from framefit.families.files import Shapes, header
 from framefit.families.rows import CHECKPOINTS
 
-__all__ = ["fingerprint", "header", "recognise"]
+__all__ = ["recognise"]
 
 CONFIG_NAMES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -50,41 +51,6 @@ def recognise(folder: Path) -> Checkpoint:
         boundary_ratio=index.get("boundary_ratio", row.boundary_ratio),
         folder=folder.resolve(),
     )
-
-
-def header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: tensor name -> {"dtype", "shape", "data_offsets"}.
-
-    Raises:
-        ModelMissing: it is no safetensors file, or is cut off.
-    """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            entries: dict[str, Any] = json.loads(stream.read(length)) if length < 2**27 else {}
-        except ValueError:
-            entries = {}
-    entries.pop("__metadata__", None)
-    end = max((tensor["data_offsets"][1] for tensor in entries.values()), default=-1)
-    if file.stat().st_size != 8 + length + end:
-        raise ModelMissing(f"{file} is cut off or is no safetensors file: fetch it again.")
-    return entries
-
-
-def fingerprint(folder: Path) -> str:
-    """A short name for these very weights: sizes, headers and samples of every safetensors file.
-
-    Reading samples keeps it under a second for 70 GB, and tells apart weights of the same shape.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*/*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
-        with file.open("rb") as stream:
-            for offset in (0, size // 3, 2 * size // 3, max(size - 2**16, 0)):
-                stream.seek(offset)
-                digest.update(stream.read(2**16))
-    return digest.hexdigest()[:16]
 
 
 def _row_id(folder: Path) -> str:
@@ -127,7 +93,8 @@ def _easyanimate_id(folder: Path, transformer: dict[str, Any]) -> str:
             f"{folder} holds an EasyAnimate model with {transformer.get('in_channels')} input channels "
             f"(text-to-video or control): framefit runs the InP models, which have 33."
         )
-    native = any(".attn2." in key for file in (folder / "transformer").glob("*.safetensors") for key in header(file))
+    files = (folder / "transformer").glob("*.safetensors")
+    native = easyanimate_v5.is_native({key for file in files for key in _shapes(file)})
     if transformer.get("text_embed_dim_t5"):
         if not native:
             raise ModelMissing(
@@ -148,7 +115,7 @@ def _component(row: Component, folder: Path) -> Component:
     config = next((_read(folder / name) for name in CONFIG_NAMES if (folder / name).is_file()), {})
     class_name = config.get("_class_name", row.class_name) if row.name == "scheduler" else row.class_name
     facts = {k: v for k, v in config.items() if not k.startswith("_")}
-    params = sum(math.prod(t["shape"]) for file in folder.glob("*.safetensors") for t in header(file).values())
+    params = sum(math.prod(shape) for file in folder.glob("*.safetensors") for shape in _shapes(file).values())
     source = f"{folder}, its own files"
     return replace(row, class_name=class_name, config=facts, params=params if row.params else 0, source=source)
 
@@ -164,3 +131,10 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelMissing(f"{file} holds no JSON object: fetch it again.")
     return data
+
+
+def _shapes(file: Path) -> Shapes:
+    shapes, wrong = header(file)
+    if shapes is None or wrong:
+        raise ModelMissing(f"{file} {wrong}: fetch it again.")
+    return shapes
