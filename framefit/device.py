@@ -11,6 +11,8 @@ from framefit.errors import UsageError
 
 __all__ = ["Device"]
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
@@ -92,9 +94,8 @@ def _memory() -> tuple[int, int]:
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        group = Path("/sys/fs/cgroup")
         try:
-            ceiling, current = (int((group / name).read_text()) for name in (limit, used))
+            ceiling, current = (int((CONTROL_GROUP / name).read_text()) for name in (limit, used))
         except (OSError, ValueError):
             continue
         if ceiling < memory.total:
