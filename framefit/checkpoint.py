@@ -184,18 +184,16 @@ def list_runs(root: Path) -> list[Path]:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Atomic: the name shows the old content or the new, whatever happens."""
+    """Atomic: the name shows the old content or the new, whatever happens.
+
+    The folder is not synced: after a power cut the name may show the old content, which is a state to go on from too.
+    """
     temporary = file.with_name(f".{file.name}.part")
     with temporary.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _digest(*parts: bytes) -> str:

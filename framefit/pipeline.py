@@ -159,7 +159,9 @@ class Pipeline:
             if save:
                 save(state)
             if on_step:
-                preview = partial(self._preview, schedule.denoised(prediction, index, noisy), state.conditioning)
+                preview = partial(
+                    self._preview, partial(schedule.denoised, prediction, index, noisy), state.conditioning
+                )
                 on_step(Step(state.step, len(schedule), expert, seconds, state.latents, preview))
             if cancelled() and state.step < len(schedule):
                 raise Cancelled(f"stopped after step {state.step} of {len(schedule)}.")
@@ -220,8 +222,9 @@ class Pipeline:
         return self._within_range((expert,), guided)
 
     @torch.no_grad()
-    def _preview(self, latents: torch.Tensor, conditioning: Tensors) -> Frame:
+    def _preview(self, denoised: Callable[[], torch.Tensor], conditioning: Tensors) -> Frame:
         """The middle latent frame, decoded on its own."""
+        latents = denoised()
         middle = self._family.settle(latents, conditioning)[:, :, latents.shape[2] // 2].unsqueeze(2)
         frame: Frame = next(iter(self._family.decode(self.parts, middle)))[0].numpy()
         return frame

@@ -176,8 +176,7 @@ def _execute(
         seconds=time.perf_counter() - began,
         resumed_from_step=resumed,
         phases=tuple(
-            PhaseReport(name=p.name, seconds=round(p.seconds, 4), peak_bytes=p.peak_bytes)
-            for p in ledger.phases.values()
+            PhaseReport(name=p.name, seconds=round(p.seconds, 4), peak_bytes=p.peak_bytes) for p in ledger.close()
         ),
         notices=tuple(ledger.notices),
     )

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from framefit.families import CHECKPOINTS, Checkpoint, Component, easyanimate_v5, recognise
-from framefit.families.parts import build
+from framefit.families.parts import Parts, build
 
-__all__ = ["save_tiny", "tiny_row"]
+__all__ = ["random_parts", "randomise", "save_tiny", "tiny_row"]
 
 CHARACTERS = sorted(set(string.printable.strip()) | {c for row in CHECKPOINTS.values() for c in row.negative_prompt})
 BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 324))]
@@ -102,6 +102,39 @@ def save_tiny(id: str, folder: Path, *, seed: int = 0) -> Checkpoint:
     index |= {"expand_timesteps": row.first_frame_clean}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return recognise(folder)
+
+
+def random_parts(row: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Parts:
+    """Every component of `row` at its full size with random weights, built on `device` with nothing downloaded.
+
+    Enough for speed and memory, which do not depend on the weights. Modules that a class keeps in fp32 are in fp32.
+    """
+    components: dict[str, Any] = {}
+    for component in row.components:
+        if component.params:
+            components[component.name] = _random_model(
+                component, torch.float32 if component.keep_fp32 else dtype, device
+            )
+        elif "Tokenizer" in component.class_name:
+            components[component.name] = _tokenizer(component.class_name, row)
+        else:
+            components[component.name] = build(component)
+    return Parts(row, components, device)
+
+
+def _random_model(component: Component, dtype: torch.dtype, device: torch.device) -> Any:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = build(component)
+    finally:
+        torch.set_default_dtype(usual)
+    kept = getattr(model, "_keep_in_fp32_modules", None) or []
+    for name, parameter in model.named_parameters():
+        if component.library == "diffusers" and set(name.split(".")) & set(kept):
+            parameter.data = parameter.data.float()
+    return model
 
 
 PIPELINES = {

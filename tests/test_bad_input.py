@@ -92,7 +92,7 @@ def sentence(err: str) -> str:
     assert "Traceback" not in err
     assert len(found[1]) < 600
     assert re.search(r"[.)]$", found[1])
-    assert not re.search(r"are \.|has \.|use \.|: \.", found[1]), "a list in it is empty"
+    assert not re.search(r"(are|has|use|:) \.(?!\w)", found[1]), "a list in it is empty"
     return found[1]
 
 
@@ -239,7 +239,7 @@ def test_illegal_size_names_the_two_nearest(refused: Refused, size: str, id: str
         (("--set", "apart"), ("--set", "SETTING=VALUE")),
         (("--sead", "7"), ("--sead",)),
     ],
-    ids=lambda value: " ".join(value),
+    ids=" ".join,
 )
 def test_bad_flag(run: Run, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: tuple[str, ...]) -> None:
     told = usage(run, capsys, *flags)
@@ -273,7 +273,9 @@ def test_a_prompt_that_fits_is_not_cut(run: Run) -> None:
     assert json.loads(out)["report"]["notices"] == []
 
 
-@pytest.mark.parametrize("text", ["a boat \N{SAILBOAT}\N{VARIATION SELECTOR-16}", "船向左漂", "-p", "\x00\x07", "%s {x}"])
+@pytest.mark.parametrize(
+    "text", ["a boat \N{SAILBOAT}\N{VARIATION SELECTOR-16}", "船向左漂", "-p", "\x00\x07", "%s {x}"]
+)
 def test_prompt_of_any_characters(run: Run, text: str) -> None:
     code, _, err = run(f"--prompt={text}")
     assert code == 0, err
@@ -416,26 +418,27 @@ def header(text: bytes) -> Callable[[Path], object]:
     return lambda file: file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
 
 
-HARMS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "missing": (Path.unlink, ("is missing",)),
-    "pickle": (pickled, ("is missing", "pickles", "refused")),
-    "shard": (sharded, ("00002-of-00002", "is missing")),
-    "empty": (lambda file: file.write_bytes(b""), ("cut off",)),
-    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-100]), ("cut off",)),
-    "longer": (lambda file: file.write_bytes(file.read_bytes() + b"x"), ("cut off",)),
-    "text": (lambda file: file.write_text("<html>404 not found</html>" * 9), ("cut off",)),
-    "pointer": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), ("cut off",)),
-    "header a list": (header(b"[]"), ("safetensors",)),
-    "header of nonsense": (header(b'{"a": 1}'), ("safetensors",)),
-    "header without offsets": (header(b'{"a": {"dtype": "F32", "shape": [2]}}'), ("safetensors",)),
-    "int8": (rewritten(lambda tensors, key: tensors.update({key: (9 * tensors[key]).to(torch.int8)})), ("int8",)),
+HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (Path.unlink, "is missing"),
+    "pickle": (pickled, "is missing.*pickles.*refused"),
+    "shard": (sharded, "00002-of-00002.*is missing"),
+    "empty": (lambda file: file.write_bytes(b""), "again"),
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-100]), "again"),
+    "longer": (lambda file: file.write_bytes(file.read_bytes() + b"x"), "again"),
+    "text": (lambda file: file.write_text("<html>404 not found</html>" * 9), "again"),
+    "pointer": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "again"),
+    "header a list": (header(b"[]"), "again"),
+    "header of nonsense": (header(b'{"a": 1}'), "again"),
+    "header without offsets": (header(b'{"a": {"dtype": "F32", "shape": [2]}}'), "again"),
+    "int8": (rewritten(lambda tensors, key: tensors.update({key: (9 * tensors[key]).to(torch.int8)})), "int8|I8"),
     "all int8": (
         rewritten(lambda tensors, key: tensors.update({k: (9 * v).to(torch.int8) for k, v in tensors.items()})),
-        ("int8",),
+        "int8|I8",
     ),
-    "tensor gone": (rewritten(lambda tensors, key: tensors.pop(key)), ("lacks",)),
-    "another shape": (rewritten(lambda tensors, key: tensors.update({key: torch.zeros(3, 5)})), ("shape",)),
-}  # fmt: skip
+    "tensor gone": (rewritten(lambda tensors, key: tensors.pop(key)), "lacks|missing"),
+    "another shape": (rewritten(lambda tensors, key: tensors.update({key: torch.zeros(3, 5)})), "shape"),
+}
+"""What can have happened to a safetensors file -> the harm, and what the refusal says."""
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -446,8 +449,7 @@ def test_damaged_weights(refused: Refused, checkpoint: Callable[..., Path], harm
     damage(folder / file)
     told = refused(MISSING, "-m", folder)
     assert file.split("/")[0] in told
-    for word in words:
-        assert word in told
+    assert re.search(words, told)
 
 
 def test_v5_native_weights_with_a_tensor_gone(refused: Refused, checkpoint: Callable[..., Path]) -> None:
@@ -666,6 +668,44 @@ def test_full_disk_between_two_steps_keeps_the_step_before(
     assert np.array_equal(whole, resumed)
 
 
+# --- what goes wrong on the way ------------------------------------------------------------------------------------
+
+
+def full_card() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), full_card], ids=["RAM", "card"])
+def test_out_of_memory(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, allocate: Callable[[], object]
+) -> None:
+    monkeypatch.setattr(easyanimate, "decode", lambda *arguments: allocate())
+    code, out, err = run()
+    assert (code, out) == (DOES_NOT_FIT, "")
+    for word in ("out of memory", "decode", "96x64", "5 frames", "--size", "--frames"):
+        assert word in sentence(err)
+    assert "framefit run --resume" in err
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("json_too", [False, True], ids=["text", "json"])
+def test_an_error_that_nobody_foresaw(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, json_too: bool
+) -> None:
+    """A library may raise anything: exit code 1, a sentence, no traceback, and the finished steps are not lost."""
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+
+    monkeypatch.setattr(easyanimate, "decode", broken)
+    code, out, err = run(*["--json"] * json_too)
+    assert code == 1
+    assert "CUDNN_STATUS_EXECUTION_FAILED" in sentence(err)
+    assert "framefit run --resume" in err
+    assert not json_too or json.loads(out)["error"]["exit_code"] == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
 # --- files to inspect and to make again ----------------------------------------------------------------------------
 
 
@@ -694,6 +734,7 @@ def file_with(parameters: dict[str, Any]) -> Path:
     [
         {"request": None}, {"request": []}, {"request": ["abc"]}, {"request": {}}, {"request": "text"}, {"photos": None},
         {"photos": {}}, {"photos": {"image": 5}}, {"photos": {"image": "x" * 300}}, {"photos": {"image": "../../.."}},
+        {"photos": {"image": "/proc/self/exe"}},
         {"precision": "fp99"}, {"precision": 5}, {"settings": None}, {"settings": {"speed": "high"}},
         {"settings": {"guidance": 5}}, {"settings": ["guidance"]}, {"settings": 5},
         *({"request.": {name: value}} for name, value in [

@@ -636,11 +636,18 @@ def test_ctrl_c_without_checkpoints(stopped: Callable[..., Outcome], runs: Path)
     assert not Path("a.mp4").exists()
 
 
-def test_ctrl_c_under_json_names_the_run(stopped: Callable[..., Outcome]) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_under_json_names_the_run(stopped: Callable[..., Outcome], runs: Path, times: int) -> None:
     """A program that stops a run must learn from stdout how to go on with it."""
-    outcome = stopped("--json")
+    outcome = stopped("--json", times=times)
     assert outcome.code == 130
-    assert outcome.resume[-1] in json.dumps(outcome.json)
+    assert next(runs.iterdir()).name in json.dumps(outcome.json["error"])
+
+
+def test_ctrl_c_is_python_s_own_again_after_a_run(stopped: Callable[..., Outcome]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert stopped().code == 130
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_checkpoints_now_and_then(call: Call, stopped: Callable[..., Outcome]) -> None:

@@ -1,7 +1,7 @@
 """Phase timers. One phase runs at a time: entering another pauses the one outside.
 
 On a card the peak is torch's allocated bytes; on the CPU it is the process's resident memory (Linux: its high-water
-mark, reset at each switch; elsewhere: the larger of the readings at the phase's ends).
+mark, reset where the phase changes; elsewhere: the larger of the readings at the phase's ends).
 """
 
 from __future__ import annotations
@@ -38,45 +38,56 @@ class Ledger:
     _since: float = 0.0
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[Phase]:
+    def phase(self, name: str) -> Iterator[None]:
         """Book the time and memory of the block on `name`; re-entering adds up."""
-        self._book()
-        self._open.append(name)
-        self.last = name
         if name not in self.phases:
             self.on_enter(name)
-        phase = self.phases.setdefault(name, Phase(name))
+            self.phases[name] = Phase(name)
+        self._book_time()
+        if name != self.last:
+            self._book_memory()
+            self.last = name
+        self._open.append(name)
         try:
-            yield phase
+            yield
         finally:
-            self._book()
+            self._book_time()
             self._open.pop()
+
+    def close(self) -> list[Phase]:
+        """The finished account of every phase."""
+        self._book_memory()
+        return list(self.phases.values())
 
     def note(self, sentence: str) -> None:
         """Tell the user something: kept for the report, and logged at once."""
         self.notices.append(sentence)
         logging.getLogger("framefit").warning(sentence)
 
-    def _book(self) -> None:
-        """Close the account of the running phase and start a fresh one."""
-        peak = self._peak()
+    def _book_time(self) -> None:
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         if self._open:
-            running = self.phases[self._open[-1]]
-            running.seconds += now - self._since
-            running.peak_bytes = max(running.peak_bytes, peak)
+            self.phases[self._open[-1]].seconds += now - self._since
         self._since = now
 
-    def _peak(self) -> int:
-        """Peak bytes since the last call, on work that has finished."""
-        if self.device == "cpu":
-            return _resident_peak()
-        import torch
+    def _book_memory(self) -> None:
+        """The peak since the last booking goes to the phase that was entered last."""
+        peak = _resident_peak() if self.device == "cpu" else _allocated_peak(self.device)
+        if self.last:
+            phase = self.phases[self.last]
+            phase.peak_bytes = max(phase.peak_bytes, peak)
 
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
+
+def _allocated_peak(device: str) -> int:
+    import torch
+
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def _resident_peak() -> int:
