@@ -211,7 +211,9 @@ def _write_mp4(temp: Path, source: _Source, fps: float, properties: dict[str, st
     movflags = {"movflags": "faststart+use_metadata_tags"}
     with av.open(str(temp), "w", format="mp4", options=movflags) as container:
         container.metadata.update({tag: properties[name] for name, tag in marks.TAGS.items()})
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        # x264's macroblock tree gives short clips of noise in more than one version (libx264 of PyAV 18.1), and equal
+        # frames must give equal files
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "x264-params": "mbtree=0"})
         stream.width, stream.height, stream.pix_fmt = source.video.width, source.video.height, "yuv420p"
         stream.gop_size = max(1, round(2 * rate))  # a player that seeks decodes two seconds at most
         context = stream.codec_context

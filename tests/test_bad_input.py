@@ -34,7 +34,7 @@ DENOISER, ENCODER = "transformer/diffusion_pytorch_model.safetensors", "text_enc
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A user of one's own: state, caches and the working folder lie below a temporary folder."""
     root = tmp_path / "home"
     for name in ("STATE", "CACHE"):
@@ -43,7 +43,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "hf" / "hub"))  # read at import
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    return root
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads of one tiny model wait for each other, for seconds where the cores are busy
+    yield root
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -679,7 +682,10 @@ def full_card() -> None:
 def test_out_of_memory(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, allocate: Callable[[], object]
 ) -> None:
-    monkeypatch.setattr(easyanimate, "decode", lambda *arguments: allocate())
+    def decode(*arguments: Any) -> Iterator[object]:
+        yield allocate()
+
+    monkeypatch.setattr(easyanimate, "decode", decode)
     code, out, err = run()
     assert (code, out) == (DOES_NOT_FIT, "")
     for word in ("out of memory", "decode", "96x64", "5 frames", "--size", "--frames"):
@@ -694,7 +700,8 @@ def test_an_error_that_nobody_foresaw(
 ) -> None:
     """A library may raise anything: exit code 1, a sentence, no traceback, and the finished steps are not lost."""
 
-    def broken(*arguments: Any) -> Any:
+    def broken(*arguments: Any) -> Iterator[object]:
+        yield from ()
         raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
 
     monkeypatch.setattr(easyanimate, "decode", broken)
@@ -732,7 +739,8 @@ def file_with(parameters: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     "change",
     [
-        {"request": None}, {"request": []}, {"request": ["abc"]}, {"request": {}}, {"request": "text"}, {"photos": None},
+        {"request": None}, {"request": []}, {"request": ["abc"]}, {"request": {}}, {"request": "text"},
+        {"photos": None},
         {"photos": {}}, {"photos": {"image": 5}}, {"photos": {"image": "x" * 300}}, {"photos": {"image": "../../.."}},
         {"photos": {"image": "/proc/self/exe"}},
         {"precision": "fp99"}, {"precision": 5}, {"settings": None}, {"settings": {"speed": "high"}},

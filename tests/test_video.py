@@ -582,3 +582,13 @@ def test_a_cut_mp4_is_refused(tmp_path: Path) -> None:
                 path.write_bytes(whole[:keep])
                 with pytest.raises(BadInput):
                     list(video.read(path))
+
+
+def test_equal_frames_give_equal_files(tmp_path: Path) -> None:
+    frames = list(np.random.default_rng(0).integers(0, 255, (5, 64, 96, 3), dtype=np.uint8))
+    contents = set()
+    for _ in range(12):
+        made = video.Video(frames=iter(frames), num_frames=5, width=96, height=64, fps=16)
+        video.write(made, tmp_path / "a.mp4", parameters={}, overwrite=True)
+        contents.add((tmp_path / "a.mp4").read_bytes())
+    assert len(contents) == 1
