@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from framefit import __version__
-from framefit.errors import UsageError
+from framefit.errors import DoesNotFit, UsageError
 from framefit.request import Request
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def rerun(flags: Namespace) -> None:
     _finish(report.to_json(), flags, _summary(report))
 
 
-def plan(flags: Namespace) -> None:
-    from framefit.run import Options, prepare
+def plan(flags: Namespace) -> int:
+    from framefit.run import Options, check_fits, prepare
 
     if flags.prompt is None:
         flags.prompt = "(no prompt)"
@@ -78,9 +78,19 @@ def plan(flags: Namespace) -> None:
         ("seed", request.seed, reasons["seed"]),
         ("precision", plan.precision, reasons["precision"]),
         *((f"{s.type} branches", f"{s.value} [{s.tier}]", s.because) for s in plan.settings),
-        ("weights", f"{plan.estimate.weights_bytes / 2**30:.2f} GiB", "all components resident"),
+        (
+            "weights",
+            f"{plan.estimate.weights_bytes / 2**30:.2f} GiB",
+            f"all components resident; {plan.estimate.free_bytes / 2**30:.1f} GiB are free",
+        ),
     ]
     _finish(plan.to_json(), flags, _table(rows))
+    try:
+        check_fits(plan)
+    except DoesNotFit as error:  # the plan itself is the answer: it is on stdout already
+        print(f"framefit: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def models_ls(flags: Namespace) -> None:

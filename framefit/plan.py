@@ -51,6 +51,8 @@ class Estimate:
 
     weights_bytes: int
     """All components resident at the plan's precision."""
+    free_bytes: int
+    """What the device had free when the plan was made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +68,18 @@ class Plan:
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Field of the request, or "precision" -> why it is so."""
 
+    @property
+    def feasible(self) -> bool:
+        """Whether the weights fit; activations come on top."""
+        return self.estimate.weights_bytes <= self.estimate.free_bytes
+
     def setting(self, kind: type[Setting]) -> Setting:
         return next(s for s in self.settings if isinstance(s, kind))
 
     def to_json(self) -> dict[str, Any]:
         settings = [{"type": s.type, "tier": s.tier, "value": s.value, "because": s.because} for s in self.settings]
         return {
+            "feasible": self.feasible,
             "request": self.request.to_json(),
             "device": self.device.to_json(),
             "precision": self.precision,

@@ -27,7 +27,7 @@ from framefit.planning import choose
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
-__all__ = ["Options", "generate", "open_model", "prepare", "rerun_request", "resume"]
+__all__ = ["Options", "check_fits", "generate", "open_model", "prepare", "rerun_request", "resume"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +79,7 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     """
     options = options or Options()
     checkpoint, plan = prepare(request, options)
+    check_fits(plan)
     _check_output(plan, output, options)
     run = None
     if options.checkpoints is not None:
@@ -114,6 +115,16 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
             f"add --restart to begin again from step 0 with these."
         )
     return _execute(checkpoint, run.plan, output, run, run.load(), options)
+
+
+def check_fits(plan: Plan) -> None:
+    """Raises `DoesNotFit` where the plan is not feasible."""
+    if not plan.feasible:
+        need, free = plan.estimate.weights_bytes / 2**30, plan.estimate.free_bytes / 2**30
+        raise DoesNotFit(
+            f"{plan.request.model} needs {need:.1f} GiB for its weights in {plan.precision} and {plan.device.name} has "
+            f"{free:.1f} GiB free: use a smaller model (framefit models ls) or a larger device."
+        )
 
 
 def rerun_request(file: Path, image: Path | None, root: Path | None) -> tuple[Request, Options]:
@@ -292,7 +303,7 @@ def _tiny() -> Checkpoint:
         find(str(folder)),
         id="tiny",
         title="Stand-in with random weights (Wan2.2-I2V-A14B made small)",
-        sizes=Sizes(multiple=16, default=(384, 256), named=((384, 256),), max_area=512 * 512, min_side=64),
+        sizes=Sizes(multiple=16, default=(256, 160), named=((256, 160),), max_area=512 * 512, min_side=64),
         frames=replace(find(str(folder)).frames, default=17, trained=17),
         steps=6,
         presets={},

@@ -15,6 +15,7 @@ from framefit.families import CHECKPOINTS
 from framefit.plan import Guidance, Plan
 from framefit.planning import choose
 from framefit.request import Request
+from framefit.run import check_fits
 
 CARD = Device(
     id="cuda:0",
@@ -125,9 +126,14 @@ def test_precision_follows_the_card(capability: Any, precision: str) -> None:
 
 def test_weights_that_exceed_the_card_are_refused_with_both_numbers() -> None:
     small = replace(CARD, name="RTX 3060", vram_free_bytes=12 * 2**30)
+    plan = plan_for("wan2.2-i2v-a14b", device=small)
+    assert not plan.feasible
     with pytest.raises(DoesNotFit, match=r"needs 64\.\d GiB .* RTX 3060 has 12\.0 GiB free"):
-        plan_for("wan2.2-i2v-a14b", device=small)
-    assert plan_for("i2vgen-xl", device=small).estimate.weights_bytes == 2 * CHECKPOINTS["i2vgen-xl"].params
+        check_fits(plan)
+    fits = plan_for("i2vgen-xl", device=small)
+    assert fits.feasible
+    assert fits.estimate.weights_bytes == 2 * CHECKPOINTS["i2vgen-xl"].params
+    check_fits(fits)
 
 
 def test_guidance_runs_as_the_reference_does_unless_told() -> None:

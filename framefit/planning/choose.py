@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from framefit.device import Device
-from framefit.errors import BadInput, DoesNotFit, UsageError
+from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Estimate, Guidance, Plan
 from framefit.request import Request, ResolvedRequest
@@ -31,7 +31,7 @@ def choose(
     settings: Mapping[str, str] | None = None,
     precision: str | None = None,
 ) -> Plan:
-    """The plan for `request` on `device`.
+    """The plan for `request` on `device`; `feasible` says whether its weights fit there.
 
     Args:
         photo_size: (width, height) of the upright photo, in pixels.
@@ -42,7 +42,6 @@ def choose(
     Raises:
         BadInput: a size, frame count or end image that the model cannot take.
         UsageError: an unknown preset or setting, or flags that contradict each other.
-        DoesNotFit: the weights alone exceed the device's free memory.
     """
     reasons: dict[str, str] = {}
     wanted = _wanted(request, checkpoint, preset, reasons)
@@ -60,15 +59,16 @@ def choose(
     _check_model(request, resolved, checkpoint)
     resolved = _with_shift(resolved, checkpoint, reasons)
     precision = _precision(precision, device, reasons)
-    plan = Plan(
+    return Plan(
         request=resolved,
         device=device,
         precision=precision,
         settings=(_guidance(checkpoint, dict(settings or {})),),
-        estimate=Estimate(weights_bytes=_weights_bytes(checkpoint, BYTES[precision])),
+        estimate=Estimate(
+            weights_bytes=_weights_bytes(checkpoint, BYTES[precision]), free_bytes=device.memory_free_bytes
+        ),
         reasons=reasons,
     )
-    return _fitting(plan, checkpoint)
 
 
 def _wanted(request: Request, checkpoint: Checkpoint, preset: str | None, reasons: dict[str, str]) -> dict[str, Any]:
@@ -184,13 +184,3 @@ def _guidance(checkpoint: Checkpoint, explicit: dict[str, str]) -> Guidance:
 
 def _weights_bytes(checkpoint: Checkpoint, width: int) -> int:
     return sum(c.params * (4 if c.keep_fp32 else width) for c in checkpoint.components)
-
-
-def _fitting(plan: Plan, checkpoint: Checkpoint) -> Plan:
-    need, free = plan.estimate.weights_bytes, plan.device.memory_free_bytes
-    if need > free:
-        raise DoesNotFit(
-            f"{checkpoint.id} needs {need / 2**30:.1f} GiB for its weights in {plan.precision} and {plan.device.name} "
-            f"has {free / 2**30:.1f} GiB free: use a smaller model (framefit models ls) or a larger device."
-        )
-    return plan
