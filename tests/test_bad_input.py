@@ -338,6 +338,11 @@ def checkpoint(tiny: Tiny, tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
+def emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 def configured(name: str, **changes: Any) -> Callable[[Path], None]:
     """Changes in a component's configuration; None takes an entry out."""
 
@@ -352,7 +357,7 @@ def configured(name: str, **changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("id", "harm", "words"),
     [
-        (WAN, lambda folder: shutil.rmtree(folder) or folder.mkdir(), ("no model configurations", "model_index.json")),
+        (WAN, emptied, ("no model configurations", "model_index.json")),
         (WAN, lambda folder: shutil.rmtree(folder / "transformer"), ("no model configurations",)),
         (WAN, lambda folder: shutil.rmtree(folder / "transformer_2"), ("lacks the folder transformer_2",)),
         (WAN, lambda folder: (folder / "high_noise_model").mkdir(), ("own layout", "Wan-AI/Wan2.2-I2V-A14B-Diffusers")),
@@ -406,7 +411,7 @@ def sharded(file: Path) -> None:
     file.unlink()
 
 
-def rewritten(change: Callable[[dict[str, torch.Tensor], str], None]) -> Callable[[Path], None]:
+def rewritten(change: Callable[[dict[str, torch.Tensor], str], object]) -> Callable[[Path], None]:
     """The largest tensor of the file, changed."""
 
     def harm(file: Path) -> None:

@@ -460,7 +460,8 @@ def test_the_same_frames_make_the_same_file(tmp_path: Path) -> None:
     """What `rerun` and `--resume` promise rests on it: a dozen writes, with the memory in between moved about."""
     rng = np.random.default_rng(0)
     clip = [np.clip(rng.normal(150, 20, (480, 832, 3)), 0, 255).astype(np.uint8) for _ in range(5)]
-    files, held = set(), []
+    files: set[bytes] = set()
+    held: list[np.ndarray] = []
     for _ in range(12):
         held = [*held[-3:], rng.integers(0, 255, rng.integers(1, 3_000_000), dtype=np.uint8)]
         copies = iter([frame.copy() for frame in clip])
