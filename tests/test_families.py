@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from framefit.errors import BadInput, ModelMissing
-from framefit.families import CHECKPOINTS, Checkpoint, Sizes, easyanimate_v5, find, recognise
+from framefit.families import CHECKPOINTS, Checkpoint, Sizes, easyanimate_v5, find, recognise, soundness
 from framefit.families.files import fingerprint, header
 from framefit.families.parts import Parts, build
 from framefit.testing import save_tiny
@@ -126,6 +126,48 @@ def test_the_other_easyanimate_generation_is_named(tmp_path: Path, tiny: Callabl
     easyanimate_v5.load_transformer(renamed / "transformer", torch.float32).save_pretrained(renamed / "transformer")
     with pytest.raises(ModelMissing, match="V5 under diffusers' names"):
         recognise(renamed)
+
+
+def test_the_native_names_of_easyanimate_v5_are_those_of_diffusers_and_no_others() -> None:
+    """Upstream's EasyAnimateDiTBlock: attn1 on the video and, in the first 18 blocks, attn2 on the text."""
+    with torch.device("meta"):
+        model = build(CHECKPOINTS["easyanimate-v5-7b-zh-inp"]["transformer"])
+    native = [
+        f"transformer_blocks.{block}.{attention}.{part}.{kind}"
+        for block in range(36)
+        for attention in ("attn1", "attn2")[: 2 if block < 18 else 1]
+        for part in ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k")
+        for kind in ("weight", "bias")
+    ]
+    theirs = {key for key in model.state_dict() if ".attn" in key}
+    assert {easyanimate_v5.rename(key) for key in native} == theirs
+    assert len(native) == len(theirs)
+    assert sum(easyanimate_v5.rename(key) != key for key in native) == 216
+    rest = set(model.state_dict()) - theirs
+    assert {easyanimate_v5.rename(key) for key in rest} == rest
+    back = {new: old for old, new in easyanimate_v5.NATIVE_TO_DIFFUSERS.items()}
+    assert all(easyanimate_v5.rename(easyanimate_v5.rename(key), back) == key for key in native)
+
+
+@pytest.mark.parametrize("id", CHECKPOINTS)
+def test_saved_and_loaded_again_the_weights_are_the_same_bits(
+    id: str, tmp_path: Path, tiny: Callable[[str], Checkpoint], load_fp32: Callable[[Checkpoint], Parts]
+) -> None:
+    row = tiny(id)
+    parts = load_fp32(row)
+    for component in row.components:
+        parts[component.name].save_pretrained(tmp_path / component.name)
+    if row.layout == "easyanimate-v5":
+        easyanimate_v5.to_native(tmp_path / "transformer")
+    assert row.folder is not None
+    shutil.copy(row.folder / "model_index.json", tmp_path)
+    again = load_fp32(recognise(tmp_path))
+    assert soundness.verify(recognise(tmp_path), rename=lambda _, key: easyanimate_v5.rename(key)) == []
+    for component in row.components:
+        if component.params:
+            before, after = parts[component.name].state_dict(), again[component.name].state_dict()
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_a_fine_tune_keeps_its_own_boundary(tmp_path: Path) -> None:
