@@ -88,6 +88,7 @@ class RunFolder:
             path.mkdir(parents=True)
             _write(path / "plan.json", json.dumps(facts).encode())
         except OSError as error:
+            run.discard()
             raise BadInput(
                 f"step checkpoints cannot be written to {root} ({error.strerror}): "
                 f"give another folder with --checkpoint-dir, or --no-checkpoint."
@@ -180,7 +181,7 @@ _ANEW = "add --restart to begin again from step 0."
 
 def list_runs(root: Path) -> list[Path]:
     """The folders of runs that can be resumed, oldest first."""
-    return sorted(path for path in root.glob("*") if ID.fullmatch(path.name))
+    return sorted(path for path in root.glob("*") if ID.fullmatch(path.name) and (path / "plan.json").is_file())
 
 
 def _write(file: Path, content: bytes) -> None:

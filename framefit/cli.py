@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from framefit import __version__, commands
-from framefit.errors import FramefitError
+from framefit.errors import FramefitError, UsageError
 from framefit.request import Request
 
 __all__ = ["main", "parser"]
-
-PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
-"""The photo for a first try."""
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -64,16 +61,20 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
-    flags = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        flags = parser().parse_args(arguments)
         code = flags.command(flags) or 0
         sys.stdout.flush()
         sys.exit(code)
     except FramefitError as error:
-        if flags.json:
+        notes = getattr(error, "__notes__", [])
+        if "--json" in arguments:
             facts = {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
-            print(json.dumps({"error": facts}, ensure_ascii=False))
-        print(f"framefit: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+            if notes:
+                facts["notes"] = notes
+            print(json.dumps({"error": facts}))
+        print(f"framefit: {error}".encode(errors="backslashreplace").decode(), *notes, sep="\n", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("framefit: interrupted.", file=sys.stderr)
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def parser() -> argparse.ArgumentParser:
     """Every command and flag; the docs are held to it by test."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="framefit",
         description="Image-to-video models, made to fit your GPU.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 does not fit, 5 model missing, 130 interrupted.",
@@ -109,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _command(models, "ls", commands.models_ls, "the models that framefit runs")
     _command(models, "pull", commands.models_pull, "download a model from the hub").add_argument(
-        "model", metavar="MODEL"
+        "model", metavar="MODEL", help="model id or hub repository id"
     )
     verify = _command(
         models, "verify", commands.models_verify, "check a model's files: complete, whole, of the right shape"
@@ -120,14 +121,23 @@ def parser() -> argparse.ArgumentParser:
     doctor = _command(names, "doctor", commands.doctor, "show this machine, the models on it and runs to resume")
     doctor.add_argument("--checkpoint-dir", metavar="DIR", type=Path, help="where step checkpoints are")
     inspect = _command(names, "inspect", commands.inspect, "show what a video file says of itself")
-    inspect.add_argument("file", type=Path, metavar="FILE")
+    inspect.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")
 
     rerun = _command(names, "rerun", commands.rerun, "make a video again from the parameters inside it")
-    rerun.add_argument("file", type=Path, metavar="FILE")
+    rerun.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")
     rerun.add_argument("--image", type=Path, metavar="FILE", help="the photo, where it is not found by itself")
-    rerun.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    rerun.add_argument("--last-image", type=Path, metavar="FILE", help="the end photo, likewise")
+    rerun.add_argument("-m", "--model", metavar="MODEL", help="the model, likewise")
+    rerun.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     _output_flags(rerun)
     return top
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its complaints are ours: one sentence, exit code 2, JSON where that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} --help shows what is possible).")
 
 
 def _command(names: Any, name: str, command: Command | None, help: str) -> argparse.ArgumentParser:
@@ -141,7 +151,7 @@ def _command(names: Any, name: str, command: Command | None, help: str) -> argpa
 def _request_flags(command: argparse.ArgumentParser) -> None:
     fields = Request.__dataclass_fields__
     command.add_argument(
-        "image", nargs="?", type=Path, default=PHOTO, metavar="IMAGE", help=fields["image"].metadata["help"]
+        "image", nargs="?", type=Path, metavar="IMAGE", help=f"{fields['image'].metadata['help']} (default: a rocket)"
     )
     command.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: follows the photo)")
     for name, (flags, facts) in FLAGS.items():
@@ -150,7 +160,7 @@ def _request_flags(command: argparse.ArgumentParser) -> None:
 
 def _option_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--preset", metavar="NAME", help="the model's draft, standard or quality")
-    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     command.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     command.add_argument(
         "--set", action="append", default=[], type=_setting, metavar="SETTING=VALUE", dest="settings",

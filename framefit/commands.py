@@ -21,6 +21,9 @@ from framefit.request import Request
 if TYPE_CHECKING:
     from framefit.report import Report
 
+PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
+"""The photo for a first try."""
+
 __all__ = ["doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "rerun", "run"]
 
 
@@ -48,7 +51,7 @@ def rerun(flags: Namespace) -> None:
 
     with Progress(flags) as progress:
         options = progress.options()
-        request, made = rerun_request(flags.file, flags.image, options.checkpoints)
+        request, made = rerun_request(flags.file, flags.image, flags.last_image, flags.model)
         options = replace(options, precision=made.precision, settings=made.settings)
         report = generate(request, flags.output or _default_output(), options)
     _finish(report.to_json(), flags, _summary(report))
@@ -62,7 +65,8 @@ def plan(flags: Namespace) -> int:
     checkpoint, plan = prepare(
         _request(flags),
         Options(
-            device=flags.device, preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
+            device=flags.device or "auto", preset=flags.preset, precision=flags.precision,
+            settings=dict(flags.settings),
             checkpoints=None,
         ),
     )  # fmt: skip
@@ -126,25 +130,19 @@ def models_ls(flags: Namespace) -> None:
 
 
 def models_pull(flags: Namespace) -> None:
-    from framefit.families import find, hub
+    from framefit.families import hub
+    from framefit.run import open_model
 
-    folder = hub.pull(find(flags.model), on_notice=lambda text: print(text, file=sys.stderr))
+    folder = hub.pull(open_model(flags.model), on_notice=lambda text: print(text, file=sys.stderr))
     _finish({"model": flags.model, "folder": str(folder)}, flags, str(folder))
 
 
 def models_verify(flags: Namespace) -> int:
-    from framefit.families import easyanimate_v5, find, soundness
+    from framefit.families import soundness
+    from framefit.run import open_model
 
-    row = find(flags.model)
-    native = row.layout == "easyanimate-v5"
-    problems = soundness.verify(
-        row,
-        deep=not flags.quick,
-        on_file=lambda name: print(name, file=sys.stderr),
-        rename=(lambda component, key: easyanimate_v5.rename(key) if component == "transformer" else key)
-        if native
-        else None,
-    )
+    row = open_model(flags.model)
+    problems = soundness.verify(row, deep=not flags.quick, on_file=lambda name: print(name, file=sys.stderr))
     _finish({"model": row.id, "problems": problems}, flags, "\n".join(problems) or f"{row.id}: every file is in order.")
     return 5 if problems else 0
 
@@ -195,13 +193,13 @@ def inspect(flags: Namespace) -> None:
 
 def _finish(facts: dict[str, Any], flags: Namespace, text: str) -> None:
     """The result on stdout, for a program or for a person."""
-    print(json.dumps(facts, ensure_ascii=False, default=str) if flags.json else text)
+    text = json.dumps(facts, ensure_ascii=False, default=str) if flags.json else text
+    print(text.encode(errors="backslashreplace").decode())  # a file name may hold bytes that are no text
 
 
 def _request(flags: Namespace) -> Request:
     width, height = flags.size or (None, None)
     names = (
-        "image",
         "last_image",
         "prompt",
         "negative_prompt",
@@ -214,16 +212,21 @@ def _request(flags: Namespace) -> Request:
     )
     fields = {name: getattr(flags, name) for name in names}
     model = {} if flags.model is None else {"model": flags.model}
-    return Request(width=width, height=height, loras=tuple(flags.loras or ()), **fields, **model)
+    return Request(
+        image=flags.image or PHOTO, width=width, height=height, loras=tuple(flags.loras or ()), **fields, **model
+    )
 
 
 def _refuse_with_resume(flags: Namespace) -> None:
     """A resumed run keeps its request; a flag that would change it is a contradiction."""
-    fixed = (
-        "prompt", "model", "last_image", "negative_prompt", "size", "fit", "num_frames", "fps", "steps", "guidance",
-        "seed", "loras", "preset", "precision",
-    )  # fmt: skip
-    if given := [name for name in fixed if getattr(flags, name) is not None] + ["--set"] * bool(flags.settings):
+    fixed = {
+        "IMAGE": flags.image, "--prompt": flags.prompt, "--model": flags.model, "--last-image": flags.last_image,
+        "--negative": flags.negative_prompt, "--size": flags.size, "--fit": flags.fit, "--frames": flags.num_frames,
+        "--fps": flags.fps, "--steps": flags.steps, "--guidance": flags.guidance, "--seed": flags.seed,
+        "--lora": flags.loras, "--preset": flags.preset, "--precision": flags.precision, "--device": flags.device,
+        "--set": flags.settings or None,
+    }  # fmt: skip
+    if given := [flag for flag, value in fixed.items() if value is not None]:
         raise UsageError(
             f"--resume goes on with the run as it was asked for, and {given[0]} would change it: leave it out, "
             f"or start a new run."

@@ -21,8 +21,8 @@ from PIL import Image
 
 from framefit import photo
 from framefit.checkpoint import State
-from framefit.errors import Cancelled, NotFinite
-from framefit.families import Checkpoint, family_of, hub
+from framefit.errors import Cancelled, ModelMissing, NotFinite
+from framefit.families import Checkpoint, family_of, hub, soundness
 from framefit.families.parts import Parts, Tensors, load_parts
 from framefit.ledger import Ledger
 from framefit.passes import apply_all
@@ -64,6 +64,8 @@ def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pi
     ledger = ledger or Ledger(plan.device.id)
     with ledger.phase("load"):
         folder = hub.locate(checkpoint)
+        if problems := soundness.verify(checkpoint, deep=False):
+            raise ModelMissing(f"{checkpoint.id} cannot be loaded: {' '.join(problems[:3])}")
         parts = load_parts(
             checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id)
         )  # fmt: skip
@@ -190,7 +192,8 @@ class Pipeline:
     def _schedule(self) -> Schedule:
         request = self.plan.request
         scheduler = self.parts["scheduler"]
-        changed = {} if request.shift is None else {"flow_shift": request.shift}
+        name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+        changed = {} if request.shift is None else {name: request.shift}
         return Schedule(type(scheduler).from_config(scheduler.config, **changed), request.steps, self.parts.device)
 
     def _expert(self, t: torch.Tensor, schedule: Schedule) -> tuple[str, float]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from framefit.device import Device
-from framefit.errors import BadInput
+from framefit.errors import UsageError
 from framefit.request import ResolvedRequest
 
 __all__ = ["SETTINGS", "Estimate", "Guidance", "Plan", "Setting", "Tier"]
@@ -36,7 +36,7 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if self.value not in self.values:
-            raise BadInput(f"guidance={self.value} is unknown: use guidance={' or guidance='.join(self.values)}.")
+            raise UsageError(f"guidance={self.value} is unknown: use guidance={' or guidance='.join(self.values)}.")
 
 
 Setting = Guidance
@@ -65,6 +65,8 @@ class Plan:
     """bf16, fp16 or fp32: of the weights and the arithmetic, except for components that stay in fp32"""
     settings: tuple[Setting, ...]
     estimate: Estimate
+    photos: Mapping[str, str] = field(default_factory=dict)
+    """"image", "last_image" -> SHA-256 of the file."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Field of the request, or "precision" -> why it is so."""
 
@@ -85,6 +87,7 @@ class Plan:
             "precision": self.precision,
             "settings": settings,
             "estimate": asdict(self.estimate),
+            "photos": dict(self.photos),
             "reasons": dict(self.reasons),
         }
 
@@ -98,8 +101,9 @@ class Plan:
             precision=data["precision"],
             settings=settings,
             estimate=Estimate(**data["estimate"]),
+            photos=data["photos"],
             reasons=data["reasons"],
         )
 
     def dumps(self) -> str:
-        return json.dumps(self.to_json(), ensure_ascii=False, indent=2)
+        return json.dumps(self.to_json(), indent=2)

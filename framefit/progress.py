@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from framefit.checkpoint import default_root
-from framefit.errors import UsageError
+from framefit.errors import BadInput, UsageError
 from framefit.pipeline import Step
 from framefit.run import Options
 
@@ -34,6 +35,8 @@ class Progress:
             raise UsageError(f"--checkpoint-every is {flags.checkpoint_every:g}, and must be 0 or more seconds.")
         if flags.no_checkpoint and getattr(flags, "resume", None):
             raise UsageError("--resume reads the checkpoint that --no-checkpoint refuses: leave one of them out.")
+        if flags.preview:
+            _check_preview(flags.preview)
         self._flags = flags
         self._bar: tqdm[Any] | None = None
         self._stop = False
@@ -59,7 +62,7 @@ class Progress:
         """The run's options, with this as its listener."""
         flags = self._flags
         return Options(
-            device=flags.device,
+            device=flags.device or "auto",
             crf=flags.crf,
             overwrite=flags.overwrite,
             checkpoints=None if flags.no_checkpoint else flags.checkpoint_dir or default_root(),
@@ -78,11 +81,11 @@ class Progress:
         if self._bar is None:
             self._bar = tqdm(
                 total=step.total, initial=step.index - 1, unit="step", desc="denoise", file=sys.stderr, leave=True,
-                colour=None if "NO_COLOR" in os.environ or not sys.stderr.isatty() else "green",
+                colour=None if os.environ.get("NO_COLOR") or not sys.stderr.isatty() else "green",
             )  # fmt: skip
         self._bar.update()
         if self._flags.preview:
-            Image.fromarray(step.preview()).save(self._flags.preview)
+            _show(step, self._flags.preview)
         if step.index == step.total:
             self._bar.close()
 
@@ -101,6 +104,21 @@ class _Console:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def _check_preview(file: Path) -> None:
+    if file.suffix.lower() != ".png" or file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        raise BadInput(f"--preview cannot be written to {file}: give the name of a .png in a folder that exists.")
+
+
+def _show(step: Step, file: Path) -> None:
+    """Whoever watches the file sees a whole picture; a disk that refuses it does not end the run."""
+    temporary = file.with_name(f".{file.name}.part")
+    try:
+        Image.fromarray(step.preview()).save(temporary, format="PNG")
+        temporary.replace(file)
+    except OSError as error:
+        _say(f"note: the preview {file} cannot be written ({error.strerror}).")
 
 
 def _say(text: str) -> None:

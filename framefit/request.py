@@ -17,6 +17,9 @@ __all__ = ["Fit", "Request", "ResolvedRequest"]
 
 Fit = Literal["nearest", "crop", "pad"]
 
+MOST_STEPS = 1000
+"""Every family's schedule was trained with this many."""
+
 
 def _flag(help: str, **facts: Any) -> Any:
     """A field with its one-line meaning, read by the command line and by the docs."""
@@ -50,16 +53,25 @@ class Request:
     loras: tuple[str, ...] = _flag("LoRA weights (not available yet)", default=())
 
     def __post_init__(self) -> None:
+        if not isinstance(self.image, Path):
+            raise BadInput("a photo is needed: name the file that becomes the first frame.")
         if not self.prompt.strip():
             raise BadInput("the prompt is empty: say what should happen in the video, for example -p 'waves roll in'.")
+        for name in ("prompt", "negative_prompt"):
+            if not _is_unicode(getattr(self, name) or ""):
+                raise BadInput(f"{name} is not valid Unicode text: type it again, or save it as UTF-8.")
         if (self.width is None) != (self.height is None):
             raise BadInput("width and height come together: give both, as in --size 832x480, or neither.")
         for name in ("width", "height", "num_frames", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} is {value}, and must be 1 or more.")
-        if self.fps is not None and not (math.isfinite(self.fps) and 0 < self.fps <= 240):
-            raise BadInput(f"fps is {self.fps:g}, and must be above 0 and at most 240.")
+        if self.fps is not None and not (math.isfinite(self.fps) and 0.1 <= self.fps <= 240):
+            raise BadInput(f"fps is {self.fps:g}, and must be from 0.1 to 240.")
+        if self.steps is not None and self.steps > MOST_STEPS:
+            raise BadInput(
+                f"steps is {self.steps}, and must be at most {MOST_STEPS}, the length of the training schedule."
+            )
         if self.guidance is not None:
             if not self.guidance:
                 raise BadInput("guidance is empty: give one number, or one per expert as in --guidance 3.5,3.5.")
@@ -134,6 +146,15 @@ class ResolvedRequest:
         last = data["last_image"]
         paths = {"image": Path(data["image"]), "last_image": None if last is None else Path(last)}
         return cls(**(data | paths | {"guidance": tuple(data["guidance"])}))
+
+
+def _is_unicode(text: str) -> bool:
+    """False for bytes that the terminal passed through without being able to decode them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:

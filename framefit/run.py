@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import platform
+import re
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +21,7 @@ import torch
 from framefit import __version__, photo, testing, video
 from framefit.checkpoint import RunFolder, State, default_root
 from framefit.device import Device
-from framefit.errors import BadCheckpoint, BadInput, DoesNotFit, FramefitError
+from framefit.errors import BadCheckpoint, BadImage, BadInput, BadOutput, Cancelled, DoesNotFit, FramefitError
 from framefit.families import Checkpoint, Sizes, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger
@@ -28,6 +32,15 @@ from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
 __all__ = ["Options", "check_fits", "generate", "open_model", "prepare", "rerun_request", "resume"]
+
+
+TINY = "tiny"
+"""Id of the stand-in model."""
+
+BUNDLED = Path(__file__).parent / "assets"
+
+HASH = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
+"""A fingerprint of weights, or a SHA-256."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +69,15 @@ class Options:
 def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
     """The model's row and the plan; no weight is read."""
     checkpoint = open_model(request.model)
-    size = photo.load(request.image).size
-    if request.last_image is not None:
-        photo.load(request.last_image)
+    named = {"image": request.image, "last_image": request.last_image}
+    paths = {name: path for name, path in named.items() if path is not None}
+    sizes = {name: photo.load(path).size for name, path in paths.items()}
     plan = choose(
         request,
         checkpoint,
         Device.detect(options.device),
-        photo_size=size,
+        photo_size=sizes["image"],
+        photos={name: photo.sha256(path) for name, path in paths.items()},
         preset=options.preset,
         settings=options.settings,
         precision=options.precision,
@@ -79,6 +93,8 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     """
     options = options or Options()
     checkpoint, plan = prepare(request, options)
+    if checkpoint.folder is not None:
+        hub.locate(checkpoint)
     check_fits(plan)
     _check_output(plan, output, options)
     run = None
@@ -105,16 +121,19 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
     Device.detect(run.plan.device.id)
     weights = fingerprint(hub.locate(checkpoint))
     _check_output(run.plan, output, options)
-    if restart:
-        again = RunFolder.create(root, run.plan, weights, output)
-        run.discard()
-        return _execute(checkpoint, run.plan, output, again, None, options)
-    if weights != run.weights:
+    if weights != run.weights and not restart:
         raise BadCheckpoint(
             f"run {id} was made with other weights of {checkpoint.id} (fingerprint {run.weights}, here {weights}): "
             f"add --restart to begin again from step 0 with these."
         )
-    return _execute(checkpoint, run.plan, output, run, run.load(), options)
+    state = None if restart else run.load()
+    if state is None:
+        _check_photos(run.plan)
+    if restart:
+        again = RunFolder.create(root, run.plan, weights, output)
+        run.discard()
+        run = again
+    return _execute(checkpoint, run.plan, output, run, state, options)
 
 
 def check_fits(plan: Plan) -> None:
@@ -127,32 +146,35 @@ def check_fits(plan: Plan) -> None:
         )
 
 
-def rerun_request(file: Path, image: Path | None, root: Path | None) -> tuple[Request, Options]:
+def rerun_request(
+    file: Path, image: Path | None = None, last_image: Path | None = None, model: str | None = None
+) -> tuple[Request, Options]:
     """The request that made `file`, from the parameters inside it.
 
     Args:
         image: the photo; None: the one that `file` names, looked for beside it, here, and where it was last seen.
-        root: where step checkpoints go, beside which photos are remembered.
+        last_image: the same for the end photo.
+        model: the model; None: the one that `file` names, a local folder where it was last seen.
 
     Raises:
-        BadInput: `file` carries no parameters, or the photo is not found.
+        BadInput: `file` carries no complete parameters, or a photo or the model's folder is not found.
     """
     made = video.parameters(file)
     try:
-        fields, photos = dict(made["request"]), made["photos"]
-        options = Options(precision=made["precision"], settings=made["settings"], checkpoints=root)
-        for name in ("image", "last_image"):
+        fields, digests = dict(made["request"]), dict(made["photos"])
+        for name, given in (("image", image), ("last_image", last_image)):
             if fields[name] is not None:
-                given = image if name == "image" else None
-                fields[name] = str(_find_photo(fields[name], photos[name], given, file, root))
-        return Request.from_json(fields), options
-    except (KeyError, TypeError) as error:
+                fields[name] = str(_find_photo(str(fields[name]), _digest(digests[name]), given, file, name))
+        fields["model"] = model or _find_model(made, file)
+        request = Request.from_json(fields)
+        return request, Options(precision=made["precision"], settings=dict(made["settings"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"the parameters in {file} are not complete ({error!r}): it cannot be made again.") from None
 
 
 def open_model(model: str) -> Checkpoint:
     """The row for a model id, a hub repository id or a folder; `tiny` is built where it does not exist yet."""
-    return _tiny() if model == "tiny" else find(model)
+    return _tiny() if model == TINY else find(model)
 
 
 def _execute(
@@ -172,13 +194,15 @@ def _execute(
             cancelled=options.cancelled,
         )
         with ledger.phase("write"):
-            parameters = _parameters(plan, run)
-            _remember_photos(parameters, plan, options.checkpoints)
+            parameters = _parameters(checkpoint, plan, run)
+            _remember(checkpoint, plan, parameters)
             video.write(frames, output, parameters=parameters, crf=options.crf, overwrite=options.overwrite)
-    except torch.OutOfMemoryError as error:
-        raise _resumable(DoesNotFit(_out_of_memory(plan, ledger)), run) from error
     except FramefitError as error:
         raise _resumable(error, run) from None
+    except KeyboardInterrupt:
+        raise _resumable(Cancelled("stopped at once."), run) from None
+    except Exception as error:
+        raise _resumable(_translated(error, plan, ledger), run) from error
     if run:
         run.discard()
     return Report(
@@ -226,35 +250,42 @@ def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:
     if not run.has_state:
         run.discard()
         return error
-    error.add_note(f"Go on from the last finished step with: framefit run --resume {run.id}")
+    root = run.path.parent
+    where = "" if root == default_root() else f" --checkpoint-dir {shlex.quote(str(root))}"
+    error.add_note(f"Go on from the last finished step with: framefit run --resume {run.id}{where}")
     return error
 
 
-def _out_of_memory(plan: Plan, ledger: Ledger) -> str:
-    request, phase = plan.request, ledger.last
-    return (
-        f"{plan.device.name} ran out of memory in the phase {phase} at {request.width}x{request.height}, "
-        f"{request.num_frames} frames: ask for a smaller --size or fewer --frames."
-    )
+def _translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
+    """What a library raised, as one of ours."""
+    request, phase = plan.request, ledger.last or "load"
+    # torch raises a plain RuntimeError where the CPU's allocator fails
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return DoesNotFit(
+            f"{plan.device.name} ran out of memory in the phase {phase} at {request.width}x{request.height}, "
+            f"{request.num_frames} frames: ask for a smaller --size or fewer --frames."
+        )
+    logging.getLogger("framefit").debug("unexpected error", exc_info=error)
+    reason = " ".join(str(error).split()) or "no reason given"
+    return FramefitError(f"the phase {phase} failed ({type(error).__name__}: {reason}).")
 
 
-def _parameters(plan: Plan, run: RunFolder | None) -> dict[str, Any]:
-    """What goes into the file. Photos by name and hash only: a path tells more of its owner than a video should."""
+def _parameters(checkpoint: Checkpoint, plan: Plan, run: RunFolder | None) -> dict[str, Any]:
+    """What goes into the file. Files by name and hash only: a path tells more of its owner than a video should."""
     request = plan.request
     fields = {k: v for k, v in request.to_json().items() if k != "shift"}
-    photos = {}
-    for name in ("image", "last_image"):
-        path = getattr(request, name)
-        if path is not None:
-            fields[name] = path.name
-            photos[name] = photo.sha256(path)
+    for name in plan.photos:
+        fields[name] = _readable(Path(fields[name]).name)
+    if checkpoint.folder is not None and request.model != TINY:
+        fields["model"] = _readable(checkpoint.folder.name)
     return {
         "made_by": f"framefit {__version__}",
         "request": fields,
-        "photos": photos,
+        "local_model": checkpoint.folder is not None and request.model != TINY,
+        "photos": dict(plan.photos),
         "precision": plan.precision,
         "settings": {s.type: s.value for s in plan.settings},
-        "weights": run.weights if run else None,
+        "weights": run.weights if run else fingerprint(hub.locate(checkpoint)),
         "device": plan.device.name,
         "torch": version("torch"),
         "diffusers": version("diffusers"),
@@ -262,29 +293,75 @@ def _parameters(plan: Plan, run: RunFolder | None) -> dict[str, Any]:
     }
 
 
-def _remember_photos(parameters: dict[str, Any], plan: Plan, root: Path | None) -> None:
-    """Note on this machine where each photo lay, by its hash, so that `rerun` finds it again."""
-    if root is None:
-        return
-    for name, digest in parameters["photos"].items():
-        note = root.parent / "photos" / digest
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(getattr(plan.request, name).resolve()))
+def _readable(name: str) -> str:
+    """A file name whose bytes are no text, as text."""
+    return name.encode(errors="replace").decode()
 
 
-def _find_photo(name: str, digest: str, given: Path | None, file: Path, root: Path | None) -> Path:
+def _check_photos(plan: Plan) -> None:
+    """A run that has not encoded its photos yet must find them as they were."""
+    for name, digest in plan.photos.items():
+        path = getattr(plan.request, name)
+        if not path.is_file() or photo.sha256(path) != digest:
+            raise BadImage(
+                f"{path} is gone or is another photo than the run began with: put it back, or start a new run."
+            )
+
+
+def _remember(checkpoint: Checkpoint, plan: Plan, parameters: dict[str, Any]) -> None:
+    """Note on this machine where photos and a local model lay, by their hashes, so that `rerun` finds them again."""
+    seen = {digest: getattr(plan.request, name) for name, digest in plan.photos.items()}
+    if checkpoint.folder is not None and plan.request.model != TINY:
+        seen[parameters["weights"]] = checkpoint.folder
+    with contextlib.suppress(OSError):  # the video matters more than the note
+        _seen().mkdir(parents=True, exist_ok=True)
+        for digest, path in seen.items():
+            (_seen() / digest).write_bytes(os.fsencode(path.resolve()))
+
+
+def _recall(digest: Any) -> str | None:
+    """Where the file or folder with this hash was last seen, if it is still there."""
+    if not HASH.fullmatch(str(digest)):
+        return None
+    with contextlib.suppress(OSError):
+        path = os.fsdecode((_seen() / str(digest)).read_bytes())
+        return path if Path(path).exists() else None
+    return None
+
+
+def _seen() -> Path:
+    return default_root().parent / "seen"
+
+
+def _digest(text: Any) -> str:
+    if not HASH.fullmatch(str(text)):
+        raise ValueError(f"{text!r:.80} is no SHA-256")
+    return str(text)
+
+
+def _find_model(made: dict[str, Any], file: Path) -> str:
+    name = str(made["request"]["model"])
+    if not made["local_model"]:
+        return name
+    if found := _recall(made["weights"]):
+        return found
+    raise BadInput(f"{file} was made with the model folder '{name}', which is not where it was: give it with --model.")
+
+
+def _find_photo(name: str, digest: str, given: Path | None, file: Path, field: str) -> Path:
     if given is not None:
+        photo.load(given)
         if photo.sha256(given) != digest:
             raise BadInput(f"{given} is not the photo that {file} was made from ({name}, SHA-256 {digest[:16]}...).")
         return given
-    candidates = [file.parent / name, Path(name)]
-    with contextlib.suppress(OSError):
-        candidates.append(Path(((root or default_root()).parent / "photos" / digest).read_text()))
+    local = Path(name).name
+    candidates = [file.parent / local, Path(local), BUNDLED / local, *map(Path, filter(None, [_recall(digest)]))]
     for candidate in candidates:
         if candidate.is_file() and photo.sha256(candidate) == digest:
             return candidate
     raise BadInput(
-        f"the photo that {file} was made from ({name}) is not here: give it with --image (SHA-256 {digest[:16]}...)."
+        f"the photo that {file} was made from ({name}) is not here: give it with --{field.replace('_', '-')} "
+        f"(SHA-256 {digest[:16]}...)."
     )
 
 
@@ -294,14 +371,19 @@ def _tiny() -> Checkpoint:
 
     folder = Path(platformdirs.user_cache_dir("framefit")) / f"tiny-{__version__}-{version('diffusers')}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            testing.save_tiny("wan2.2-i2v-a14b", Path(scratch) / "tiny")
-            with contextlib.suppress(OSError):  # another process was first
-                (Path(scratch) / "tiny").replace(folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                testing.save_tiny("wan2.2-i2v-a14b", Path(scratch) / TINY)
+                with contextlib.suppress(FileExistsError):  # another process was first
+                    (Path(scratch) / TINY).rename(folder)
+        except OSError as error:
+            raise BadOutput(
+                f"the stand-in model cannot be written to {folder} ({error.strerror}): make room or set XDG_CACHE_HOME."
+            ) from None
     return replace(
         find(str(folder)),
-        id="tiny",
+        id=TINY,
         title="Stand-in with random weights (Wan2.2-I2V-A14B made small)",
         sizes=Sizes(multiple=16, default=(256, 160), named=((256, 160),), max_area=512 * 512, min_side=64),
         frames=replace(find(str(folder)).frames, default=17, trained=17),

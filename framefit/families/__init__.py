@@ -5,6 +5,7 @@ Rows are read without torch; the functions of a family are imported when a run n
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +30,9 @@ def find(model: str) -> Checkpoint:
     by_repo = {row.repo.lower(): row for row in CHECKPOINTS.values()}
     if row := CHECKPOINTS.get(model.lower()) or by_repo.get(model.lower()):
         return row
-    if Path(model).is_dir():
-        return recognise(Path(model))
+    with contextlib.suppress(OSError):  # a name too long for the file system is no folder
+        if model and Path(model).is_dir():
+            return recognise(Path(model))
     names = [*CHECKPOINTS, *by_repo, "tiny"]
     near = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.3) or list(CHECKPOINTS)[:3]
     raise ModelMissing(

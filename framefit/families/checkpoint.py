@@ -59,7 +59,8 @@ class Sizes:
     def nearest(self, width: int, height: int) -> list[tuple[int, int]]:
         """The two legal sizes nearest to (width, height), by relative change of both sides."""
         shrink = min(1.0, math.sqrt(self.max_area / (width * height)))
-        sides = [self._around(width * shrink), self._around(height * shrink)]
+        most = self.max_area / self.min_side
+        sides = [self._around(min(side * shrink, most)) for side in (width, height)]
         legal = [(w, h) for w in sides[0] for h in sides[1] if self._legal(w, h)]
         return sorted(legal, key=lambda s: abs(math.log(s[0] / width)) + abs(math.log(s[1] / height)))[:2]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NATIVE_TO_DIFFUSERS", "is_native", "load_transformer", "rename", "to_native"]
+__all__ = ["NATIVE_TO_DIFFUSERS", "config", "is_native", "load_transformer", "rename", "to_native"]
 
 NATIVE_TO_DIFFUSERS = {
     "attn2.to_q": "attn1.add_q_proj",
@@ -50,17 +50,24 @@ def is_native(keys: set[str]) -> bool:
     return any(rename(key) != key for key in keys)
 
 
+def config(folder: Path) -> dict[str, Any]:
+    """transformer/config.json as upstream reads it, without the keys that diffusers' class does not take."""
+    from diffusers import EasyAnimateTransformer3DModel
+
+    known = inspect.signature(EasyAnimateTransformer3DModel.__init__).parameters
+    stored = json.loads((folder / "config.json").read_text())
+    return {key: value for key, value in (stored | YAML).items() if key in known}
+
+
 def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
     """The diffusers class over the native weights in `folder`."""
     import diffusers
     import torch
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "config.json").read_text())
-    cls: Any = diffusers.EasyAnimateTransformer3DModel
-    known = inspect.signature(cls.__init__).parameters
     with torch.device("meta"):
-        model = cls(**{k: v for k, v in (config | YAML).items() if k in known})
+        cls: Any = diffusers.EasyAnimateTransformer3DModel
+        model = cls.from_config(config(folder))
     weights = {
         rename(k): v.to(dtype) for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
     }

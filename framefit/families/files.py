@@ -29,6 +29,16 @@ __all__ = [
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
 
+_DTYPES = {
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I64",
+    "BOOL",
+}  # whole numbers: buffers such as position_ids
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _VOCABULARIES = (["tokenizer.json"], ["spiece.model"], ["tokenizer.model"], ["vocab.json", "merges.txt"], ["vocab.txt"])
 _SETTINGS = {"Tokenizer": "tokenizer_config", "Scheduler": "scheduler_config", "Processor": "preprocessor_config"}
@@ -139,7 +149,12 @@ def header(file: Path) -> tuple[Shapes | None, str | None]:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+        packed = {entry["dtype"]: key for key, entry in entries.items() if entry["dtype"] not in _DTYPES}
         whole = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None, f"has a safetensors header that does not parse ({size:,} bytes in all)"
-    return shapes, None if size == whole else f"is {size:,} bytes long, and its header says {whole:,}"
+    if size != whole:
+        return shapes, f"is {size:,} bytes long, and its header says {whole:,}"
+    for dtype, key in packed.items():
+        return shapes, f"holds {key} as {dtype}, and framefit reads floating-point weights"
+    return shapes, None

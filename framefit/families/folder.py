@@ -22,6 +22,9 @@ __all__ = ["recognise"]
 
 CONFIG_NAMES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
+SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "DDIMScheduler")
+"""Those of the published models."""
+
 ORIGINALS = {
     "high_noise_model": ("Wan2.2 in upstream's own layout", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
     "models_t5_umt5-xxl-enc-bf16.pth": ("Wan in upstream's own layout", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"),
@@ -93,10 +96,10 @@ def _easyanimate_id(folder: Path, transformer: dict[str, Any]) -> str:
             f"{folder} holds an EasyAnimate model with {transformer.get('in_channels')} input channels "
             f"(text-to-video or control): framefit runs the InP models, which have 33."
         )
-    files = (folder / "transformer").glob("*.safetensors")
-    native = easyanimate_v5.is_native({key for file in files for key in _shapes(file)})
+    keys = {key for file in (folder / "transformer").glob("*.safetensors") for key in _shapes(file)}
+    native = easyanimate_v5.is_native(keys)
     if transformer.get("text_embed_dim_t5"):
-        if not native:
+        if keys and not native:
             raise ModelMissing(
                 f"{folder} holds EasyAnimate V5 under diffusers' names, which nobody publishes: "
                 f"give the native folder of alibaba-pai/EasyAnimateV5-7b-zh-InP."
@@ -114,10 +117,15 @@ def _easyanimate_id(folder: Path, transformer: dict[str, Any]) -> str:
 def _component(row: Component, folder: Path) -> Component:
     config = next((_read(folder / name) for name in CONFIG_NAMES if (folder / name).is_file()), {})
     class_name = config.get("_class_name", row.class_name) if row.name == "scheduler" else row.class_name
+    if row.name == "scheduler" and class_name not in SCHEDULERS:
+        raise ModelMissing(f"{folder} holds a {class_name}, and framefit runs {', '.join(SCHEDULERS)}.")
     facts = {k: v for k, v in config.items() if not k.startswith("_")}
     params = sum(math.prod(shape) for file in folder.glob("*.safetensors") for shape in _shapes(file).values())
     source = f"{folder}, its own files"
-    return replace(row, class_name=class_name, config=facts, params=params if row.params else 0, source=source)
+    # a model without safetensors keeps the row's count: it has weights, and `needed_files` says that they are missing
+    return replace(
+        row, class_name=class_name, config=facts, params=(params or row.params) if row.params else 0, source=source
+    )
 
 
 def _read(file: Path) -> dict[str, Any]:

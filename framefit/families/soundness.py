@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from framefit.families import easyanimate_v5
 from framefit.families.checkpoint import Checkpoint, Component
 from framefit.families.files import Shapes, header, index_file, read_json, survey, weight_files, weight_map
 from framefit.families.hub import folder_of
@@ -22,15 +23,13 @@ def verify(
     *,
     deep: bool = True,
     on_file: Callable[[str], None] = lambda _: None,
-    rename: Callable[[str, str], str] | None = None,
 ) -> list[str]:
     """What is wrong with the files, a sentence each; an empty list is a sound checkpoint.
 
     Every needed file is there, every safetensors file is as long as its header says, indexes agree with shards, keys
     and shapes are those of the component's class. `deep` also hashes what the hub's cache names by sha256 (a local
-    folder's hashes are not known). `on_file` hears each file's name before it is read. `rename` turns (component name,
-    key in the file) into the class's key; without it a native layout's keys are not compared. Raises `ModelMissing`
-    where there is nothing to verify.
+    folder's hashes are not known). `on_file` hears each file's name before it is read. Raises `ModelMissing` where
+    there is nothing to verify.
     """
     folder = folder_of(checkpoint)
     files, problems = survey(folder, checkpoint)
@@ -46,15 +45,18 @@ def verify(
             again = f"delete {file.resolve()} and run 'framefit models pull {checkpoint.id}'"
             problems.append(f"{name} {wrong}: {'copy it again' if checkpoint.folder else again}.")
     for component in checkpoint.components:
-        part, native = folder / component.name, checkpoint.layout != "diffusers" and component.library == "diffusers"
+        part = folder / component.name
+        native = checkpoint.layout == "easyanimate-v5" and component.name == "transformer"
         found = {file: shapes for file, shapes in headers.items() if file.parent == part}
         problems += _index_differs(part, component, found)
         # With a shard or its header gone, every tensor of it would be reported: the file itself already is.
         whole = found and None not in found.values() and not weight_files(part, component)[1]
-        if whole and (rename or not native):
+        if whole:
             tensors = {key: shape for shapes in found.values() for key, shape in (shapes or {}).items()}
-            tensors = {rename(component.name, key) if rename else key: shape for key, shape in tensors.items()}
-            problems += _class_differs(part, component, tensors, component.config if native else None)
+            if native:
+                tensors = {easyanimate_v5.rename(key): shape for key, shape in tensors.items()}
+            config = easyanimate_v5.config(part) if native else read_json(part / "config.json") or {}
+            problems += _class_differs(part, component, tensors, config)
     return problems
 
 
@@ -79,17 +81,17 @@ def _index_differs(part: Path, component: Component, found: dict[Path, Shapes | 
                 yield f"{part.name}/{file.name} holds {_some(held - named)}, which {index.name} does not put there."
 
 
-def _class_differs(part: Path, component: Component, tensors: Shapes, config: Any) -> Iterator[str]:
-    """How `tensors` differ from the class built from `config` (None: from config.json), with no weights allocated."""
-    name, settings = component.class_name, read_json(part / "config.json") or {}
-    if config is None and component.library == "diffusers" and settings.get("_class_name", name) != name:
-        yield f"{part.name}/config.json is of {settings['_class_name']}, not of {name}."
+def _class_differs(part: Path, component: Component, tensors: Shapes, config: dict[str, Any]) -> Iterator[str]:
+    """How `tensors` differ from the class built from `config`, with no weights allocated."""
+    name = component.class_name
+    if component.library == "diffusers" and config.get("_class_name", name) != name:
+        yield f"{part.name}/config.json is of {config['_class_name']}, not of {name}."
         return
     compare = _compare_diffusers if component.library == "diffusers" else _compare_transformers
     library = importlib.import_module(component.library)
     try:
         with _quiet(library.utils.logging):
-            missing, extra, shapes = compare(getattr(library, name), dict(config or settings), tensors)
+            missing, extra, shapes = compare(getattr(library, name), config, tensors)
     except Exception as error:  # a damaged configuration can make a constructor raise anything
         yield f"{part.name}/config.json does not build a {name} ({type(error).__name__}: {error})."
         return

@@ -27,6 +27,7 @@ def choose(
     device: Device,
     *,
     photo_size: tuple[int, int],
+    photos: Mapping[str, str] | None = None,
     preset: str | None = None,
     settings: Mapping[str, str] | None = None,
     precision: str | None = None,
@@ -35,6 +36,7 @@ def choose(
 
     Args:
         photo_size: (width, height) of the upright photo, in pixels.
+        photos: SHA-256 of the photo files, kept in the plan.
         preset: one of the checkpoint's presets; explicit fields of the request win over it.
         settings: explicit settings by type, e.g. {"guidance": "apart"}.
         precision: explicit precision of the weights.
@@ -67,6 +69,7 @@ def choose(
         estimate=Estimate(
             weights_bytes=_weights_bytes(checkpoint, BYTES[precision]), free_bytes=device.memory_free_bytes
         ),
+        photos=dict(photos or {}),
         reasons=reasons,
     )
 
@@ -74,7 +77,8 @@ def choose(
 def _wanted(request: Request, checkpoint: Checkpoint, preset: str | None, reasons: dict[str, str]) -> dict[str, Any]:
     """The user's words over the preset over the authors' defaults, with the origin of each."""
     if preset is not None and preset not in checkpoint.presets:
-        raise UsageError(f"preset '{preset}' is unknown: {checkpoint.id} has {', '.join(checkpoint.presets)}.")
+        names = ", ".join(checkpoint.presets) or "no presets"
+        raise UsageError(f"preset '{preset}' is unknown: {checkpoint.id} has {names}.")
     defaults = {
         "negative_prompt": checkpoint.negative_prompt,
         "num_frames": checkpoint.frames.default,
