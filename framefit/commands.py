@@ -47,13 +47,14 @@ def run(flags: Namespace) -> None:
 
 def rerun(flags: Namespace) -> None:
     from framefit.progress import Progress
-    from framefit.run import generate, rerun_request
+    from framefit.recipe import recipe
+    from framefit.run import generate
 
     with Progress(flags) as progress:
         options = progress.options()
-        request, made = rerun_request(flags.file, flags.image, flags.last_image, flags.model)
+        made = recipe(flags.file, flags.image, flags.last_image, flags.model)
         options = replace(options, precision=made.precision, settings=made.settings)
-        report = generate(request, flags.output or _default_output(), options)
+        report = generate(made.request, flags.output or _default_output(), options)
     _finish(report.to_json(), flags, _summary(report))
 
 

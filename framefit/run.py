@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import platform
-import re
 import shlex
 import tempfile
 import time
@@ -14,14 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from framefit import __version__, photo, testing, video
+from framefit import __version__, photo, recipe, testing, video
 from framefit.checkpoint import RunFolder, State, default_root
 from framefit.device import Device
-from framefit.errors import BadCheckpoint, BadImage, BadInput, BadOutput, Cancelled, DoesNotFit, FramefitError
+from framefit.errors import BadCheckpoint, BadImage, BadOutput, Cancelled, DoesNotFit, FramefitError
 from framefit.families import Checkpoint, Sizes, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger
@@ -31,16 +27,11 @@ from framefit.planning import choose
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
-__all__ = ["Options", "check_fits", "generate", "open_model", "prepare", "rerun_request", "resume"]
+__all__ = ["Options", "check_fits", "generate", "open_model", "prepare", "resume"]
 
 
 TINY = "tiny"
 """Id of the stand-in model."""
-
-BUNDLED = Path(__file__).parent / "assets"
-
-HASH = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
-"""A fingerprint of weights, or a SHA-256."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,11 +88,11 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
         hub.locate(checkpoint)
     check_fits(plan)
     _check_output(plan, output, options)
+    weights = fingerprint(hub.locate(checkpoint))
     run = None
     if options.checkpoints is not None:
-        weights = fingerprint(hub.locate(checkpoint))
         run = RunFolder.create(options.checkpoints, plan, weights, output)
-    return _execute(checkpoint, plan, output, run, None, options)
+    return _execute(checkpoint, plan, weights, output, options, run)
 
 
 def resume(id: str, output: Path | None, options: Options, *, restart: bool = False) -> Report:
@@ -133,7 +124,7 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
         again = RunFolder.create(root, run.plan, weights, output)
         run.discard()
         run = again
-    return _execute(checkpoint, run.plan, output, run, state, options)
+    return _execute(checkpoint, run.plan, weights, output, options, run, state)
 
 
 def check_fits(plan: Plan) -> None:
@@ -146,39 +137,19 @@ def check_fits(plan: Plan) -> None:
         )
 
 
-def rerun_request(
-    file: Path, image: Path | None = None, last_image: Path | None = None, model: str | None = None
-) -> tuple[Request, Options]:
-    """The request that made `file`, from the parameters inside it.
-
-    Args:
-        image: the photo; None: the one that `file` names, looked for beside it, here, and where it was last seen.
-        last_image: the same for the end photo.
-        model: the model; None: the one that `file` names, a local folder where it was last seen.
-
-    Raises:
-        BadInput: `file` carries no complete parameters, or a photo or the model's folder is not found.
-    """
-    made = video.parameters(file)
-    try:
-        fields, digests = dict(made["request"]), dict(made["photos"])
-        for name, given in (("image", image), ("last_image", last_image)):
-            if fields[name] is not None:
-                fields[name] = str(_find_photo(str(fields[name]), _digest(digests[name]), given, file, name))
-        fields["model"] = model or _find_model(made, file)
-        request = Request.from_json(fields)
-        return request, Options(precision=made["precision"], settings=dict(made["settings"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"the parameters in {file} are not complete ({error!r}): it cannot be made again.") from None
-
-
 def open_model(model: str) -> Checkpoint:
     """The row for a model id, a hub repository id or a folder; `tiny` is built where it does not exist yet."""
     return _tiny() if model == TINY else find(model)
 
 
 def _execute(
-    checkpoint: Checkpoint, plan: Plan, output: Path, run: RunFolder | None, state: State | None, options: Options
+    checkpoint: Checkpoint,
+    plan: Plan,
+    weights: str,
+    output: Path,
+    options: Options,
+    run: RunFolder | None,
+    state: State | None = None,
 ) -> Report:
     began = time.perf_counter()
     ledger = Ledger(plan.device.id, on_enter=options.on_phase)
@@ -194,8 +165,8 @@ def _execute(
             cancelled=options.cancelled,
         )
         with ledger.phase("write"):
-            parameters = _parameters(checkpoint, plan, run)
-            _remember(checkpoint, plan, parameters)
+            recipe.remember(checkpoint, plan, weights)
+            parameters = recipe.parameters(checkpoint, plan, weights)
             video.write(frames, output, parameters=parameters, crf=options.crf, overwrite=options.overwrite)
     except FramefitError as error:
         raise _resumable(error, run) from None
@@ -270,34 +241,6 @@ def _translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
     return FramefitError(f"the phase {phase} failed ({type(error).__name__}: {reason}).")
 
 
-def _parameters(checkpoint: Checkpoint, plan: Plan, run: RunFolder | None) -> dict[str, Any]:
-    """What goes into the file. Files by name and hash only: a path tells more of its owner than a video should."""
-    request = plan.request
-    fields = {k: v for k, v in request.to_json().items() if k != "shift"}
-    for name in plan.photos:
-        fields[name] = _readable(Path(fields[name]).name)
-    if checkpoint.folder is not None and request.model != TINY:
-        fields["model"] = _readable(checkpoint.folder.name)
-    return {
-        "made_by": f"framefit {__version__}",
-        "request": fields,
-        "local_model": checkpoint.folder is not None and request.model != TINY,
-        "photos": dict(plan.photos),
-        "precision": plan.precision,
-        "settings": {s.type: s.value for s in plan.settings},
-        "weights": run.weights if run else fingerprint(hub.locate(checkpoint)),
-        "device": plan.device.name,
-        "torch": version("torch"),
-        "diffusers": version("diffusers"),
-        "python": platform.python_version(),
-    }
-
-
-def _readable(name: str) -> str:
-    """A file name whose bytes are no text, as text."""
-    return name.encode(errors="replace").decode()
-
-
 def _check_photos(plan: Plan) -> None:
     """A run that has not encoded its photos yet must find them as they were."""
     for name, digest in plan.photos.items():
@@ -306,63 +249,6 @@ def _check_photos(plan: Plan) -> None:
             raise BadImage(
                 f"{path} is gone or is another photo than the run began with: put it back, or start a new run."
             )
-
-
-def _remember(checkpoint: Checkpoint, plan: Plan, parameters: dict[str, Any]) -> None:
-    """Note on this machine where photos and a local model lay, by their hashes, so that `rerun` finds them again."""
-    seen = {digest: getattr(plan.request, name) for name, digest in plan.photos.items()}
-    if checkpoint.folder is not None and plan.request.model != TINY:
-        seen[parameters["weights"]] = checkpoint.folder
-    with contextlib.suppress(OSError):  # the video matters more than the note
-        _seen().mkdir(parents=True, exist_ok=True)
-        for digest, path in seen.items():
-            (_seen() / digest).write_bytes(os.fsencode(path.resolve()))
-
-
-def _recall(digest: Any) -> str | None:
-    """Where the file or folder with this hash was last seen, if it is still there."""
-    if not HASH.fullmatch(str(digest)):
-        return None
-    with contextlib.suppress(OSError):
-        path = os.fsdecode((_seen() / str(digest)).read_bytes())
-        return path if Path(path).exists() else None
-    return None
-
-
-def _seen() -> Path:
-    return default_root().parent / "seen"
-
-
-def _digest(text: Any) -> str:
-    if not HASH.fullmatch(str(text)):
-        raise ValueError(f"{text!r:.80} is no SHA-256")
-    return str(text)
-
-
-def _find_model(made: dict[str, Any], file: Path) -> str:
-    name = str(made["request"]["model"])
-    if not made["local_model"]:
-        return name
-    if found := _recall(made["weights"]):
-        return found
-    raise BadInput(f"{file} was made with the model folder '{name}', which is not where it was: give it with --model.")
-
-
-def _find_photo(name: str, digest: str, given: Path | None, file: Path, field: str) -> Path:
-    if given is not None:
-        photo.load(given)
-        if photo.sha256(given) != digest:
-            raise BadInput(f"{given} is not the photo that {file} was made from ({name}, SHA-256 {digest[:16]}...).")
-        return given
-    local = Path(name).name
-    candidates = [file.parent / local, Path(local), BUNDLED / local, *map(Path, filter(None, [_recall(digest)]))]
-    for candidate in candidates:
-        if candidate.is_file() and photo.sha256(candidate) == digest:
-            return candidate
-    raise BadInput(
-        f"the photo that {file} was made from ({name}) is not here: give it with --{field.replace('_', '-')} "
-        f"(SHA-256 {digest[:16]}...)."
-    )
 
 
 def _tiny() -> Checkpoint:

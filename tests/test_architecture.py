@@ -25,7 +25,7 @@ RANKS = (
     {"passes", "testing"},
     {"planning"},
     {"pipeline"},
-    {"run"},
+    {"run", "recipe"},
     {"cli", "commands", "progress", "__main__"},
 )
 """Room -> rank by position. A room imports rooms of a lower rank, and inside itself."""
@@ -33,6 +33,8 @@ RANKS = (
 WITHIN = {
     # the nouns are one room: a plan holds a request and a device, and all of them raise errors
     **dict.fromkeys(RANKS[0], "nouns"),
+    # a run writes the recipe that a rerun reads
+    **dict.fromkeys(RANKS[5], "run"),
     # the command line is one room in three files
     **dict.fromkeys(RANKS[6], "cli"),
 }

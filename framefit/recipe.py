@@ -1,0 +1,152 @@
+"""What a video file says of how it was made, and the way back from it to a request.
+
+Files are named by name and hash only: a path tells more of its owner than a video should. Where a photo and a local
+model folder lay is noted on this machine, by hash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from framefit import __version__, photo, video
+from framefit.checkpoint import default_root
+from framefit.errors import BadInput
+from framefit.families import Checkpoint
+from framefit.plan import Plan
+from framefit.request import Request
+
+__all__ = ["Recipe", "parameters", "recipe", "remember"]
+
+BUNDLED = Path(__file__).parent / "assets"
+
+HASH = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
+"""A fingerprint of weights, or a SHA-256."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What it takes to make a video again."""
+
+    request: Request
+    precision: str
+    settings: dict[str, str]
+
+
+def parameters(checkpoint: Checkpoint, plan: Plan, weights: str) -> dict[str, Any]:
+    """What goes into the file; `weights` is the fingerprint of the model's weights."""
+    request = plan.request
+    fields = {k: v for k, v in request.to_json().items() if k != "shift"}
+    for name in plan.photos:
+        fields[name] = _readable(Path(fields[name]).name)
+    if checkpoint.folder is not None and _is_local(checkpoint):
+        fields["model"] = _readable(checkpoint.folder.name)
+    return {
+        "made_by": f"framefit {__version__}",
+        "request": fields,
+        "local_model": _is_local(checkpoint),
+        "photos": dict(plan.photos),
+        "precision": plan.precision,
+        "settings": {s.type: s.value for s in plan.settings},
+        "weights": weights,
+        "device": plan.device.name,
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+        "python": platform.python_version(),
+    }
+
+
+def remember(checkpoint: Checkpoint, plan: Plan, weights: str) -> None:
+    """Note on this machine where photos and a local model lay, by their hashes, so that `rerun` finds them again."""
+    seen = {digest: getattr(plan.request, name) for name, digest in plan.photos.items()}
+    if checkpoint.folder is not None and _is_local(checkpoint):
+        seen[weights] = checkpoint.folder
+    with contextlib.suppress(OSError):  # the video matters more than the note
+        _seen().mkdir(parents=True, exist_ok=True)
+        for digest, path in seen.items():
+            (_seen() / digest).write_bytes(os.fsencode(path.resolve()))
+
+
+def recipe(file: Path, image: Path | None = None, last_image: Path | None = None, model: str | None = None) -> Recipe:
+    """How `file` was made, from the parameters inside it.
+
+    Args:
+        image: the photo; None: the one that `file` names, looked for beside it, here, and where it was last seen.
+        last_image: the same for the end photo.
+        model: the model; None: the one that `file` names, a local folder where it was last seen.
+
+    Raises:
+        BadInput: `file` carries no complete parameters, or a photo or the model's folder is not found.
+    """
+    made = video.parameters(file)
+    try:
+        fields, digests = dict(made["request"]), dict(made["photos"])
+        for name, given in (("image", image), ("last_image", last_image)):
+            if fields[name] is not None:
+                fields[name] = str(_find_photo(str(fields[name]), _digest(digests[name]), given, file, name))
+        fields["model"] = model or _find_model(made, file)
+        return Recipe(request=Request.from_json(fields), precision=made["precision"], settings=dict(made["settings"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"the parameters in {file} are not complete ({error!r}): it cannot be made again.") from None
+
+
+def _readable(name: str) -> str:
+    """A file name whose bytes are no text, as text."""
+    return name.encode(errors="replace").decode()
+
+
+def _is_local(checkpoint: Checkpoint) -> bool:
+    """Whether the model is a folder of the user's, and not one that framefit builds or fetches."""
+    return checkpoint.folder is not None and checkpoint.id == checkpoint.folder.name
+
+
+def _recall(digest: Any) -> str | None:
+    """Where the file or folder with this hash was last seen, if it is still there."""
+    if not HASH.fullmatch(str(digest)):
+        return None
+    with contextlib.suppress(OSError):
+        path = os.fsdecode((_seen() / str(digest)).read_bytes())
+        return path if Path(path).exists() else None
+    return None
+
+
+def _seen() -> Path:
+    return default_root().parent / "seen"
+
+
+def _digest(text: Any) -> str:
+    if not HASH.fullmatch(str(text)):
+        raise ValueError(f"{text!r:.80} is no SHA-256")
+    return str(text)
+
+
+def _find_model(made: dict[str, Any], file: Path) -> str:
+    name = str(made["request"]["model"])
+    if not made["local_model"]:
+        return name
+    if found := _recall(made["weights"]):
+        return found
+    raise BadInput(f"{file} was made with the model folder '{name}', which is not where it was: give it with --model.")
+
+
+def _find_photo(name: str, digest: str, given: Path | None, file: Path, field: str) -> Path:
+    if given is not None:
+        photo.load(given)
+        if photo.sha256(given) != digest:
+            raise BadInput(f"{given} is not the photo that {file} was made from ({name}, SHA-256 {digest[:16]}...).")
+        return given
+    local = Path(name).name
+    candidates = [file.parent / local, Path(local), BUNDLED / local, *map(Path, filter(None, [_recall(digest)]))]
+    for candidate in candidates:
+        if candidate.is_file() and photo.sha256(candidate) == digest:
+            return candidate
+    raise BadInput(
+        f"the photo that {file} was made from ({name}) is not here: give it with --{field.replace('_', '-')} "
+        f"(SHA-256 {digest[:16]}...)."
+    )
