@@ -21,7 +21,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from framefit.checkpoint import RunFolder
+from framefit.checkpoint import RunFolder, Writer
 from framefit.device import Device
 from framefit.families.parts import load_parts
 from framefit.passes import apply_all
@@ -108,7 +108,10 @@ def reference_loop(ours: Pipeline) -> Callable[[], float]:
 def our_loop(ours: Pipeline, run: RunFolder | None) -> float:
     state = ours.encode()
     marks: list[float] = []
-    ours.denoise(state, on_step=lambda _: marks.append(time.perf_counter()), save=run.save if run else None)
+    writer = Writer(run, every_s=0, always=lambda _: True) if run else None
+    ours.denoise(state, on_step=lambda _: marks.append(time.perf_counter()), save=writer)
+    if writer:
+        writer.wait()
     return (marks[-1] - marks[0]) / (STEPS - 1)
 
 

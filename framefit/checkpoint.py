@@ -2,18 +2,23 @@
 
 A run has a folder of its own: `plan.json` and `conditioning.safetensors`, written once, and `step.safetensors`,
 replaced after every step. Each is written to a temporary name, synced and renamed, so that a kill at any moment
-leaves the old state or the new one; each carries a hash of its content and the identity of the run.
+leaves the old state or the new one; each carries a hash of its content and the identity of the run. A state is written
+while the next step runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,7 +29,7 @@ from framefit.plan import Plan
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunFolder", "State", "default_root", "list_runs"]
+__all__ = ["RunFolder", "State", "Writer", "default_root", "list_runs"]
 
 ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 
@@ -39,6 +44,13 @@ class State:
     conditioning: dict[str, torch.Tensor]
     scheduler: dict[str, Any]
     """What the scheduler holds beyond its configuration: tensors, numbers, None, and lists of these."""
+
+    def snapshot(self) -> State:
+        """A copy in host memory that the next step does not touch."""
+        import torch
+
+        host = torch.device("cpu")
+        return State(self.step, self.latents.to(host), self.conditioning, _moved(self.scheduler, host))
 
     def move(self, device: torch.device) -> None:
         """Bring every tensor to `device`."""
@@ -57,13 +69,15 @@ def default_root() -> Path:
 class RunFolder:
     """One run on disk."""
 
-    def __init__(self, path: Path, plan: Plan, weights: str, output: Path) -> None:
+    def __init__(self, path: Path, plan: Plan, weights: str, output: Path, crf: int) -> None:
         self.path = path
         self.plan = plan
         self.weights = weights
         self.output = output
+        self.crf = crf
         self._identity = _digest(plan.dumps().encode(), weights.encode())
         self._conditioning_saved = False
+        self._lock: Callable[[], object] = lambda: None
 
     @property
     def id(self) -> str:
@@ -75,18 +89,18 @@ class RunFolder:
         return (self.path / "step.safetensors").exists()
 
     @classmethod
-    def create(cls, root: Path, plan: Plan, weights: str, output: Path) -> Self:
+    def create(cls, root: Path, plan: Plan, weights: str, output: Path, crf: int = 18) -> Self:
         """A new folder below `root`. `weights` names the model's weights, so that others are not mistaken for them.
 
         Raises:
             BadInput: `root` cannot be written.
         """
         path = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        run = cls(path, plan, weights, output.absolute())
-        facts = {"plan": plan.to_json(), "weights": weights, "output": str(run.output)}
+        run = cls(path, plan, weights, output.absolute(), crf)
         try:
             path.mkdir(parents=True)
-            _write(path / "plan.json", json.dumps(facts).encode())
+            run._describe()
+            run._take()
         except OSError as error:
             run.discard()
             raise BadInput(
@@ -108,9 +122,19 @@ class RunFolder:
             raise BadCheckpoint(f"there is no run '{id}' in {root}: the runs that can be resumed are {others}.")
         try:
             data = json.loads((path / "plan.json").read_bytes())
-            return cls(path, Plan.from_json(data["plan"]), data["weights"], Path(data["output"]))
+            plan, output = Plan.from_json(data["plan"]), Path(data["output"])
+            run = cls(path, plan, data["weights"], output, int(data["crf"]))
+            run._take()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadCheckpoint(f"the plan of run {id} cannot be read ({error!r}): start the run anew.") from None
+        return run
+
+    def restart(self, weights: str) -> None:
+        """Begin again from step 0, with these weights."""
+        self.weights = weights
+        self._identity = _digest(self.plan.dumps().encode(), weights.encode())
+        self._conditioning_saved = False
+        self._describe()
 
     def save(self, state: State) -> None:
         """Keep `state`; once this returns, a crash costs no more than what comes after."""
@@ -139,9 +163,33 @@ class RunFolder:
             scheduler=_unflatten(facts["scheduler"], tensors),
         )
 
+    def release(self) -> None:
+        """Let another process have the folder."""
+        self._lock()
+
     def discard(self) -> None:
         """The run is finished, or is to start anew."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def _describe(self) -> None:
+        facts = {"plan": self.plan.to_json(), "weights": self.weights, "output": str(self.output), "crf": self.crf}
+        _write(self.path / "plan.json", json.dumps(facts).encode())
+
+    def _take(self) -> None:
+        """Hold the folder for this process until it ends; raises `BadCheckpoint` where another one does."""
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such lock
+            return
+        lock = os.open(self.path / "lock", os.O_CREAT | os.O_WRONLY)
+        self._lock = weakref.finalize(self, os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadCheckpoint(
+                f"run {self.id} is being worked on by another process: wait for it, or stop it."
+            ) from None
 
     def _save_tensors(self, name: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         from safetensors.torch import save
@@ -174,6 +222,36 @@ class RunFolder:
         if metadata["run"] != self._identity:
             raise BadCheckpoint(f"the checkpoint {file} belongs to another run: {_ANEW}")
         return tensors, json.loads(metadata["facts"])
+
+
+class Writer:
+    """Saves states beside the computation: the next step runs while the last one is written.
+
+    One state is under way at a time, so that a kill loses at most the step that finished last.
+    """
+
+    def __init__(self, run: RunFolder, *, every_s: float, always: Callable[[State], bool]) -> None:
+        """Save at most once in `every_s` seconds, and whatever `always` says."""
+        self._run = run
+        self._every_s = every_s
+        self._always = always
+        self._saved = -math.inf
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+
+    def __call__(self, state: State) -> None:
+        """Take a copy of `state`, and write it if it is due."""
+        if time.monotonic() - self._saved < self._every_s and not self._always(state):
+            return
+        self.wait()
+        self._pending = self._pool.submit(self._run.save, state.snapshot())
+        self._saved = time.monotonic()
+
+    def wait(self) -> None:
+        """Return once everything taken is on disk; raises what went wrong there."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 _ANEW = "add --restart to begin again from step 0."

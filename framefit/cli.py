@@ -174,7 +174,7 @@ def _output_flags(command: argparse.ArgumentParser) -> None:
         help=".mp4, .webp, .gif, or a folder for PNGs (default: outputs/video_<time>.mp4)",
     )  # fmt: skip
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    command.add_argument("--crf", type=int, default=18, metavar="N", help="MP4 quality, 0 (best) to 51 (default 18)")
+    command.add_argument("--crf", type=int, metavar="N", help="MP4 quality, 0 (best) to 51 (default 18)")
     command.add_argument(
         "--checkpoint-dir",
         type=Path,

@@ -53,7 +53,8 @@ def rerun(flags: Namespace) -> None:
     with Progress(flags) as progress:
         options = progress.options()
         made = recipe(flags.file, flags.image, flags.last_image, flags.model)
-        options = replace(options, precision=made.precision, settings=made.settings)
+        crf = made.crf if options.crf is None else options.crf
+        options = replace(options, precision=made.precision, settings=made.settings, crf=crf, weights=made.weights)
         report = generate(made.request, flags.output or _default_output(), options)
     _finish(report.to_json(), flags, _summary(report))
 
@@ -224,7 +225,7 @@ def _refuse_with_resume(flags: Namespace) -> None:
         "IMAGE": flags.image, "--prompt": flags.prompt, "--model": flags.model, "--last-image": flags.last_image,
         "--negative": flags.negative_prompt, "--size": flags.size, "--fit": flags.fit, "--frames": flags.num_frames,
         "--fps": flags.fps, "--steps": flags.steps, "--guidance": flags.guidance, "--seed": flags.seed,
-        "--lora": flags.loras, "--preset": flags.preset, "--precision": flags.precision, "--device": flags.device,
+        "--lora": flags.loras, "--preset": flags.preset, "--precision": flags.precision,
         "--set": flags.settings or None,
     }  # fmt: skip
     if given := [flag for flag, value in fixed.items() if value is not None]:

@@ -9,7 +9,7 @@ are arranged is in the plan's settings (`framefit.passes`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,8 +21,9 @@ from PIL import Image
 
 from framefit import photo
 from framefit.checkpoint import State
-from framefit.errors import Cancelled, ModelMissing, NotFinite
-from framefit.families import Checkpoint, family_of, hub, soundness
+from framefit.errors import Cancelled, NotFinite
+from framefit.families import Checkpoint, family_of, hub
+from framefit.families.files import check_headers
 from framefit.families.parts import Parts, Tensors, load_parts
 from framefit.ledger import Ledger
 from framefit.passes import apply_all
@@ -64,8 +65,7 @@ def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pi
     ledger = ledger or Ledger(plan.device.id)
     with ledger.phase("load"):
         folder = hub.locate(checkpoint)
-        if problems := soundness.verify(checkpoint, deep=False):
-            raise ModelMissing(f"{checkpoint.id} cannot be loaded: {' '.join(problems[:3])}")
+        check_headers(folder, checkpoint)
         parts = load_parts(
             checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id)
         )  # fmt: skip
@@ -122,10 +122,13 @@ class Pipeline:
         def encode_image() -> tuple[torch.Tensor, Tensors]:
             generator = torch.Generator().manual_seed(request.seed)
             latents, conditioning = family.encode_image(parts, request, first, last, generator)
-            return latents, _finite(conditioning, "the image encoder")
+            _check_finite(conditioning.values(), "the image encoder", parts.dtype("vae"))
+            return latents, conditioning
 
         def encode_text() -> Tensors:
-            return _finite(family.encode_text(parts, request, self.ledger.note), "the text encoder")
+            conditioning = family.encode_text(parts, request, self.ledger.note)
+            _check_finite(conditioning.values(), "the text encoder", parts.dtype("text_encoder"))
+            return conditioning
 
         with self.ledger.phase("encode_text"):
             text = self._within_range(("text_encoder", "text_encoder_2"), encode_text)
@@ -209,7 +212,9 @@ class Pipeline:
         """The guided prediction in fp32, (1, C, F, H, W). Source: Ho and Salimans, arXiv 2207.12598."""
 
         def forward(branches: slice) -> torch.Tensor:
-            return self._family.predict(self.parts, expert, latents, t, conditioning, branches).float()
+            prediction = self._family.predict(self.parts, expert, latents, t, conditioning, branches)
+            _check_finite([prediction], f"the {expert} at timestep {t:g}", prediction.dtype)
+            return prediction.float()
 
         def guided() -> torch.Tensor:
             if scale <= 1:
@@ -220,7 +225,7 @@ class Pipeline:
                 else:
                     positive, negative = forward(POSITIVE), forward(NEGATIVE)
                 prediction = negative + scale * (positive - negative)
-            return _finite({expert: prediction}, f"the {expert} at timestep {t:g}")[expert]
+            return prediction
 
         return self._within_range((expert,), guided)
 
@@ -258,8 +263,6 @@ class Pipeline:
         self.ledger.note(f"{error} It runs in fp32 from here on ({', '.join(half)}).")
 
 
-def _finite(tensors: Tensors, who: str) -> Tensors:
-    for tensor in tensors.values():
-        if not bool(tensor.isfinite().all()):
-            raise NotFinite(f"{who} produced NaN or infinity in {str(tensor.dtype).removeprefix('torch.')}.")
-    return tensors
+def _check_finite(tensors: Iterable[torch.Tensor], who: str, dtype: torch.dtype) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise NotFinite(f"{who} produced NaN or infinity in {str(dtype).removeprefix('torch.')}.")

@@ -29,14 +29,14 @@ class Progress:
     """
 
     def __init__(self, flags: Namespace) -> None:
-        if not 0 <= flags.crf <= 51:
+        if flags.crf is not None and not 0 <= flags.crf <= 51:
             raise UsageError(f"--crf is {flags.crf}, and must be from 0 to 51.")
         if not flags.checkpoint_every >= 0:
             raise UsageError(f"--checkpoint-every is {flags.checkpoint_every:g}, and must be 0 or more seconds.")
         if flags.no_checkpoint and getattr(flags, "resume", None):
             raise UsageError("--resume reads the checkpoint that --no-checkpoint refuses: leave one of them out.")
         if flags.preview:
-            _check_preview(flags.preview)
+            _check_preview(flags)
         self._flags = flags
         self._bar: tqdm[Any] | None = None
         self._stop = False
@@ -106,19 +106,22 @@ class _Console:
         sys.stderr.flush()
 
 
-def _check_preview(file: Path) -> None:
+def _check_preview(flags: Namespace) -> None:
+    file, photos = flags.preview, (getattr(flags, "image", None), getattr(flags, "last_image", None))
+    if any(photo is not None and file.absolute() == photo.absolute() for photo in photos):
+        raise BadInput(f"--preview would overwrite the photo {file}: give it another name.")
     if file.suffix.lower() != ".png" or file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
         raise BadInput(f"--preview cannot be written to {file}: give the name of a .png in a folder that exists.")
 
 
 def _show(step: Step, file: Path) -> None:
-    """Whoever watches the file sees a whole picture; a disk that refuses it does not end the run."""
+    """Whoever watches the file sees a whole picture. A preview that fails is told, and ends nothing."""
     temporary = file.with_name(f".{file.name}.part")
     try:
         Image.fromarray(step.preview()).save(temporary, format="PNG")
         temporary.replace(file)
-    except OSError as error:
-        _say(f"note: the preview {file} cannot be written ({error.strerror}).")
+    except Exception as error:
+        _say(f"note: no preview of step {step.index} ({' '.join(str(error).split())}).")
 
 
 def _say(text: str) -> None:

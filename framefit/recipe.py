@@ -37,9 +37,12 @@ class Recipe:
     request: Request
     precision: str
     settings: dict[str, str]
+    crf: int
+    weights: str
+    """Fingerprint of the weights that it was made with."""
 
 
-def parameters(checkpoint: Checkpoint, plan: Plan, weights: str) -> dict[str, Any]:
+def parameters(checkpoint: Checkpoint, plan: Plan, weights: str, crf: int) -> dict[str, Any]:
     """What goes into the file; `weights` is the fingerprint of the model's weights."""
     request = plan.request
     fields = {k: v for k, v in request.to_json().items() if k != "shift"}
@@ -55,6 +58,7 @@ def parameters(checkpoint: Checkpoint, plan: Plan, weights: str) -> dict[str, An
         "precision": plan.precision,
         "settings": {s.type: s.value for s in plan.settings},
         "weights": weights,
+        "crf": crf,
         "device": plan.device.name,
         "torch": version("torch"),
         "diffusers": version("diffusers"),
@@ -91,7 +95,13 @@ def recipe(file: Path, image: Path | None = None, last_image: Path | None = None
             if fields[name] is not None:
                 fields[name] = str(_find_photo(str(fields[name]), _digest(digests[name]), given, file, name))
         fields["model"] = model or _find_model(made, file)
-        return Recipe(request=Request.from_json(fields), precision=made["precision"], settings=dict(made["settings"]))
+        return Recipe(
+            request=Request.from_json(fields),
+            precision=str(made["precision"]),
+            settings={str(name): str(value) for name, value in made["settings"].items()},
+            crf=int(made["crf"]),
+            weights=str(made["weights"]),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"the parameters in {file} are not complete ({error!r}): it cannot be made again.") from None
 
@@ -130,7 +140,7 @@ def _find_model(made: dict[str, Any], file: Path) -> str:
     name = str(made["request"]["model"])
     if not made["local_model"]:
         return name
-    if found := _recall(made["weights"]):
+    if found := _recall(str(made["weights"])):
         return found
     raise BadInput(f"{file} was made with the model folder '{name}', which is not where it was: give it with --model.")
 

@@ -17,6 +17,23 @@ __all__ = ["Fit", "Request", "ResolvedRequest"]
 
 Fit = Literal["nearest", "crop", "pad"]
 
+KINDS = {
+    "image": Path,
+    "prompt": str,
+    "model": str,
+    "last_image": Path | None,
+    "negative_prompt": str | None,
+    "width": int | None,
+    "height": int | None,
+    "num_frames": int | None,
+    "fps": float | int | None,
+    "steps": int | None,
+    "guidance": tuple | None,
+    "seed": int | None,
+    "loras": tuple,
+}
+"""What a field must be, for requests that come from a file or a program that nobody checked."""
+
 MOST_STEPS = 1000
 """Every family's schedule was trained with this many."""
 
@@ -53,8 +70,10 @@ class Request:
     loras: tuple[str, ...] = _flag("LoRA weights (not available yet)", default=())
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image, Path):
-            raise BadInput("a photo is needed: name the file that becomes the first frame.")
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise BadInput(f"{name} is {value!r:.80}, and must be {_words(kind)}.")
         if not self.prompt.strip():
             raise BadInput("the prompt is empty: say what should happen in the video, for example -p 'waves roll in'.")
         for name in ("prompt", "negative_prompt"):
@@ -76,6 +95,8 @@ class Request:
             if not self.guidance:
                 raise BadInput("guidance is empty: give one number, or one per expert as in --guidance 3.5,3.5.")
             for scale in self.guidance:
+                if not isinstance(scale, float | int):
+                    raise BadInput(f"guidance is {scale!r:.80}, and must be a number, or one per expert.")
                 if not (math.isfinite(scale) and 0 <= scale <= 100):
                     raise BadInput(f"guidance is {scale:g}, and must be a number from 0 to 100 (1 turns it off).")
         if self.seed is not None and not 0 <= self.seed < 2**63:
@@ -146,6 +167,12 @@ class ResolvedRequest:
         last = data["last_image"]
         paths = {"image": Path(data["image"]), "last_image": None if last is None else Path(last)}
         return cls(**(data | paths | {"guidance": tuple(data["guidance"])}))
+
+
+def _words(kind: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a number", Path: "the path of a file", tuple: "a list"}
+    kinds = [names[k] for k in getattr(kind, "__args__", (kind,)) if k in names]
+    return " or ".join(kinds)
 
 
 def _is_unicode(text: str) -> bool:

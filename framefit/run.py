@@ -7,7 +7,7 @@ import logging
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from framefit import __version__, photo, recipe, testing, video
-from framefit.checkpoint import RunFolder, State, default_root
+from framefit.checkpoint import RunFolder, State, Writer, default_root
 from framefit.device import Device
 from framefit.errors import BadCheckpoint, BadImage, BadOutput, Cancelled, DoesNotFit, FramefitError
 from framefit.families import Checkpoint, Sizes, find, hub
@@ -33,6 +33,8 @@ __all__ = ["Options", "check_fits", "generate", "open_model", "prepare", "resume
 TINY = "tiny"
 """Id of the stand-in model."""
 
+DEFAULT_CRF = 18
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
@@ -45,9 +47,11 @@ class Options:
     preset: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     """Explicit settings by type, e.g. {"guidance": "apart"}."""
-    crf: int = 18
-    """Quality of an MP4: 0 (best) to 51."""
+    crf: int | None = None
+    """Quality of an MP4, 0 (best) to 51; None: 18, or what an interrupted run was to have."""
     overwrite: bool = False
+    weights: str | None = None
+    """Fingerprint that the weights are expected to have; others are run too, and told."""
     checkpoints: Path | None = field(default_factory=default_root)
     """Where step checkpoints go; None: none are kept, and a crash loses the run."""
     checkpoint_every_s: float = 0.0
@@ -58,8 +62,12 @@ class Options:
 
 
 def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
-    """The model's row and the plan; no weight is read."""
+    """The model's row and the plan; no weight is read. Paths become absolute: a run may be resumed from elsewhere."""
     checkpoint = open_model(request.model)
+    last_image = None if request.last_image is None else request.last_image.absolute()
+    request = replace(request, image=request.image.absolute(), last_image=last_image)
+    if checkpoint.folder is not None and request.model != TINY:
+        request = replace(request, model=str(checkpoint.folder))
     named = {"image": request.image, "last_image": request.last_image}
     paths = {name: path for name, path in named.items() if path is not None}
     sizes = {name: photo.load(path).size for name, path in paths.items()}
@@ -89,9 +97,15 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     check_fits(plan)
     _check_output(plan, output, options)
     weights = fingerprint(hub.locate(checkpoint))
+    if options.weights not in (None, weights):
+        logging.getLogger("framefit").warning(
+            "the weights of %s are others than the file was made with (fingerprint %s, here %s): expect other frames.",
+            checkpoint.id, options.weights, weights,
+        )  # fmt: skip
     run = None
     if options.checkpoints is not None:
-        run = RunFolder.create(options.checkpoints, plan, weights, output)
+        crf = DEFAULT_CRF if options.crf is None else options.crf
+        run = RunFolder.create(options.checkpoints.absolute(), plan, weights, output, crf)
     return _execute(checkpoint, plan, weights, output, options, run)
 
 
@@ -100,31 +114,30 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
 
     Args:
         output: where the video goes; None: where the run was to put it.
+        options: of these only the device (auto: the run's own), the output's, the checkpoints' and the listeners count.
         restart: begin again from step 0, whatever the checkpoint holds.
 
     Raises:
         BadCheckpoint: there is no such run, its files are corrupt, or it was made with other weights.
     """
-    root = options.checkpoints or default_root()
-    run = RunFolder.open(root, id)
+    run = RunFolder.open((options.checkpoints or default_root()).absolute(), id)
     output = output or run.output
     checkpoint = open_model(run.plan.request.model)
-    Device.detect(run.plan.device.id)
+    device = Device.detect(run.plan.device.id if options.device == "auto" else options.device)
+    plan = replace(run.plan, device=device)
     weights = fingerprint(hub.locate(checkpoint))
-    _check_output(run.plan, output, options)
-    if weights != run.weights and not restart:
+    _check_output(plan, output, options)
+    if restart:
+        run.restart(weights)
+    elif weights != run.weights:
         raise BadCheckpoint(
             f"run {id} was made with other weights of {checkpoint.id} (fingerprint {run.weights}, here {weights}): "
             f"add --restart to begin again from step 0 with these."
         )
     state = None if restart else run.load()
     if state is None:
-        _check_photos(run.plan)
-    if restart:
-        again = RunFolder.create(root, run.plan, weights, output)
-        run.discard()
-        run = again
-    return _execute(checkpoint, run.plan, weights, output, options, run, state)
+        _check_photos(plan)
+    return _execute(checkpoint, plan, weights, output, options, run, state)
 
 
 def check_fits(plan: Plan) -> None:
@@ -156,18 +169,16 @@ def _execute(
     resumed = None if state is None else state.step
     if checkpoint.caution:
         ledger.note(checkpoint.caution)
+    writer = _writer(run, plan.request.steps, options) if run else None
+    crf = options.crf if options.crf is not None else run.crf if run else DEFAULT_CRF
     try:
-        pipeline = load(plan, checkpoint, ledger)
-        frames = pipeline.run(
-            state=state,
-            on_step=options.on_step,
-            save=_saver(run, plan.request.steps, options) if run else None,
-            cancelled=options.cancelled,
-        )
-        with ledger.phase("write"):
-            recipe.remember(checkpoint, plan, weights)
-            parameters = recipe.parameters(checkpoint, plan, weights)
-            video.write(frames, output, parameters=parameters, crf=options.crf, overwrite=options.overwrite)
+        with _finishing(writer):
+            pipeline = load(plan, checkpoint, ledger)
+            frames = pipeline.run(state=state, on_step=options.on_step, save=writer, cancelled=options.cancelled)
+            with ledger.phase("write"):
+                recipe.remember(checkpoint, plan, weights)
+                parameters = recipe.parameters(checkpoint, plan, weights, crf)
+                video.write(frames, output, parameters=parameters, crf=crf, overwrite=options.overwrite)
     except FramefitError as error:
         raise _resumable(error, run) from None
     except KeyboardInterrupt:
@@ -199,19 +210,23 @@ def _check_output(plan: Plan, output: Path, options: Options) -> None:
     )
 
 
-def _saver(run: RunFolder, total: int, options: Options) -> Callable[[State], None]:
-    """Saves the first and the last state, one that the user stopped at, and between them as often as asked."""
-    saved = -options.checkpoint_every_s
+def _writer(run: RunFolder, total: int, options: Options) -> Writer:
+    """Writes the first and the last state, one that the user stopped at, and between them as often as asked."""
+    return Writer(
+        run,
+        every_s=options.checkpoint_every_s,
+        always=lambda state: state.step in (0, total) or options.cancelled(),
+    )
 
-    def save(state: State) -> None:
-        nonlocal saved
-        now = time.monotonic()
-        due = now - saved >= options.checkpoint_every_s
-        if due or state.step in (0, total) or options.cancelled():
-            run.save(state)
-            saved = now
 
-    return save
+@contextlib.contextmanager
+def _finishing(writer: Writer | None) -> Iterator[None]:
+    """Whatever ends the block, the last state is on disk before anybody is told how to go on from it."""
+    try:
+        yield
+    finally:
+        if writer:
+            writer.wait()
 
 
 def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:

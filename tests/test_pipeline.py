@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from framefit.errors import Cancelled, NotFinite
-from framefit.families import CHECKPOINTS, Checkpoint, easyanimate, wan
+from framefit.families import CHECKPOINTS, Checkpoint, easyanimate, easyanimate_v5, wan
 from framefit.families.parts import Parts, load_parts
 from framefit.ledger import Ledger
 from framefit.passes import apply_all
@@ -74,6 +77,7 @@ def test_a_part_that_overflows_in_fp16_runs_again_in_fp32_and_says_so(
     assert parts.dtype(component) == torch.float32
     assert len(pipeline.ledger.notices) == 1
     assert phase in pipeline.ledger.notices[0]
+    assert "in float16" in pipeline.ledger.notices[0]
     assert "fp32 from here on" in pipeline.ledger.notices[0]
 
 
@@ -182,11 +186,17 @@ def test_wan_marks_the_known_frames(num_frames: int, with_last: bool, channel_su
     assert mask.sum(dim=1).flatten().tolist() == channel_sums
 
 
-def test_easyanimate_marks_the_known_frames_as_upstream_does() -> None:
-    assert easyanimate._known_frames(49, 13, with_last=False).flatten().tolist() == [1, *[0] * 12]
-    # trilinear sampling of 48 frames onto 12 reads frames 45 and 46 last: an end image at 48 is not in the mask
-    assert easyanimate._known_frames(49, 13, with_last=True).flatten().tolist() == [1, *[0] * 12]
-    assert easyanimate._known_frames(1, 1, with_last=False).flatten().tolist() == [1]
+@pytest.mark.parametrize("frames", [1, 5, 25, 49])
+def test_easyanimate_marks_the_known_frames_as_upstream_does(frames: int) -> None:
+    """Upstream: the first frame alone, the rest by trilinear sampling, here with an end image given."""
+    known = torch.zeros(1, 1, frames, 1, 1)
+    known[:, :, [0, -1]] = 1
+    expected = known[:, :, :1]
+    if frames > 1:
+        size = ((frames - 1) // 4, 1, 1)
+        later = torch.nn.functional.interpolate(known[:, :, 1:], size=size, mode="trilinear", align_corners=False)
+        expected = torch.cat([expected, later], dim=2)
+    assert torch.equal(easyanimate._known_frames((frames - 1) // 4 + 1), expected)
 
 
 def test_easyanimate_v5_follows_upstreams_source(tiny: Tiny, make_plan: MakePlan, load_fp32: LoadFp32) -> None:
@@ -201,6 +211,12 @@ def test_easyanimate_v5_follows_upstreams_source(tiny: Tiny, make_plan: MakePlan
     with torch.no_grad():
         everything = parts["text_encoder"](ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     assert torch.allclose(text[1], everything[0], atol=1e-6)
+    ids = parts["tokenizer_2"](plan.request.prompt, padding="max_length", max_length=256, return_tensors="pt").input_ids
+    with torch.no_grad():
+        everything = parts["text_encoder_2"](ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        masked = parts["text_encoder_2"](ids, attention_mask=(ids != 0).long()).last_hidden_state
+    assert torch.allclose(t5[1], everything[0], atol=1e-6)
+    assert not torch.allclose(t5[1], masked[0], atol=1e-3)
     mask, known = state.conditioning["inpaint"].split([1, 16], dim=1)
     scaling = CHECKPOINTS[row.id]["vae"].config["scaling_factor"]
     assert scaling == 0.7125
@@ -283,3 +299,25 @@ def test_a_row_without_its_own_shift_keeps_the_checkpoints(
     large = make_plan(row, width=1280, height=720)
     assert large.request.shift == 5.0
     assert Pipeline(large, load_fp32(row))._schedule()._scheduler.config.flow_shift == 5.0
+
+
+def test_what_must_stay_in_full_precision_does(tiny: Tiny) -> None:
+    parts = load_half(tiny("wan2.2-ti2v-5b"))
+    assert parts.dtype("vae") == torch.float32
+    kept = {name for name, p in parts["transformer"].named_parameters() if p.dtype == torch.float32}
+    assert any("time_embedder" in name for name in kept)
+    assert any("scale_shift_table" in name for name in kept)
+    assert not any("ffn" in name for name in kept)
+
+
+def test_the_yaml_of_easyanimate_v5_wins_over_its_config(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny("easyanimate-v5-7b-zh-inp").folder
+    assert source is not None
+    folder = tmp_path / "transformer"
+    shutil.copytree(source / "transformer", folder)
+    stored = json.loads((folder / "config.json").read_text())
+    wrong = {"after_norm": True, "enable_text_attention_mask": True, "clip_channels": None}
+    (folder / "config.json").write_text(json.dumps(stored | wrong))
+    model = easyanimate_v5.load_transformer(folder, torch.float32)
+    assert model.config.after_norm is False
+    assert model.config.enable_text_attention_mask is False

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from framefit import checkpoint as checkpoints
-from framefit.checkpoint import RunFolder, State
+from framefit.checkpoint import RunFolder, State, Writer
 from framefit.errors import BadCheckpoint, BadInput
 from framefit.families import Checkpoint, find
 from framefit.families.files import fingerprint
@@ -23,7 +23,14 @@ from framefit.pipeline import Pipeline, load
 from framefit.plan import Plan
 
 STEPS = 6
-FAMILIES = ["wan2.2-i2v-a14b", "wan2.2-ti2v-5b", "easyanimate-v5.1-7b-inp", "easyanimate-v5-7b-zh-inp", "i2vgen-xl"]
+FAMILIES = [
+    "wan2.2-i2v-a14b",
+    "wan2.2-ti2v-5b",
+    "wan2.1-i2v-14b-480p",
+    "easyanimate-v5.1-7b-inp",
+    "easyanimate-v5-7b-zh-inp",
+    "i2vgen-xl",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +48,17 @@ def open_pipeline(run: RunFolder) -> Pipeline:
 
 
 def run_until_killed(root: Path, id: str, step: int) -> None:
-    """In a process of its own: go on with a run, and die right after `step` is on disk."""
+    """In a process of its own: go on with a run, note each step taken, and die once `step` is on disk."""
     run = RunFolder.open(root, id)
+    writer = Writer(run, every_s=0, always=lambda _: True)
 
     def save(state: State) -> None:
-        run.save(state)
+        with (root / "taken").open("a") as file:
+            file.write(f"{state.step} ")
+        assert state.latents.is_contiguous()
+        writer(state)
         if state.step == step:
+            writer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
     open_pipeline(run).run(state=run.load(), save=save)
@@ -78,17 +90,20 @@ def test_killed_at_every_step_the_latents_are_the_same_bits(
     whole = open_pipeline(run)
     expected = whole.encode()
     whole.denoise(expected)
+    expected_frames = list(whole.decode(expected))
+    run.release()
     for step in range(STEPS + 1):
         killed(fork, run, step)
-        state = RunFolder.open(tmp_path, run.id).load()
+        state = run.load()
         assert state is not None
         assert state.step == step
-    resumed = open_pipeline(run)
-    frames = list(resumed.run(state=run.load()).frames)
+    taken = (tmp_path / "taken").read_text().split()
+    assert taken == [str(step) for step in range(STEPS + 1)], "no step is taken twice"
+    frames = list(open_pipeline(run).run(state=run.load()).frames)
     final = run.load()
     assert final is not None
     assert torch.equal(final.latents, expected.latents)
-    assert len(frames) == plan.request.num_frames
+    assert all((a == b).all() for a, b in zip(frames, expected_frames, strict=True))
 
 
 def write_for_ever(root: Path, id: str) -> None:
@@ -107,18 +122,20 @@ def test_killed_at_any_moment_the_state_is_whole(
     row = tiny("i2vgen-xl")
     run = new_run(tmp_path, row, make_plan(row))
     run.save(open_pipeline(run).encode())
-    seen = set()
+    run.release()
+    file = run.path / "step.safetensors"
     for delay in range(12):
+        before = file.stat().st_mtime_ns
         process = fork.Process(target=write_for_ever, args=(tmp_path, run.id))
         process.start()
-        time.sleep(0.6 + 0.017 * delay)
+        while file.stat().st_mtime_ns == before:  # until it is at work
+            time.sleep(0.001)
+        time.sleep(0.0017 * delay)
         process.kill()
         process.join()
-        state = RunFolder.open(tmp_path, run.id).load()
+        state = run.load()
         assert state is not None
-        assert bool((state.latents == state.step).all()) or state.step == 0
-        seen.add(state.step)
-    assert max(seen) > 0
+        assert bool((state.latents == state.step).all())
 
 
 @pytest.fixture
@@ -189,6 +206,7 @@ def test_unknown_runs_are_answered_with_those_that_exist(saved: RunFolder, id: s
 
 
 def test_a_plan_that_cannot_be_read_is_said_so(saved: RunFolder) -> None:
+    saved.release()
     (saved.path / "plan.json").write_text('{"plan": {}}')
     with pytest.raises(BadCheckpoint, match=r"plan of run .* cannot be read"):
         RunFolder.open(saved.path.parent, saved.id)
@@ -206,3 +224,58 @@ def test_a_folder_that_cannot_be_written_is_refused(
 def test_a_finished_run_leaves_nothing(saved: RunFolder) -> None:
     saved.discard()
     assert checkpoints.list_runs(saved.path.parent) == []
+
+
+def test_a_run_is_one_process_at_a_time(saved: RunFolder) -> None:
+    with pytest.raises(BadCheckpoint, match="another process"):
+        RunFolder.open(saved.path.parent, saved.id)
+    saved.release()
+    again = RunFolder.open(saved.path.parent, saved.id)
+    assert again.load() is not None
+
+
+def test_the_writer_writes_what_is_due_and_keeps_one_under_way(
+    saved: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = saved.load()
+    assert state is not None
+    written: list[int] = []
+
+    def slowly(state: State) -> None:
+        time.sleep(0.02)
+        written.append(state.step)
+
+    monkeypatch.setattr(saved, "save", slowly)
+    writer = Writer(saved, every_s=1000, always=lambda state: state.step in (0, 5))
+    for step in range(6):
+        state.step = step
+        writer(state)
+    writer.wait()
+    assert written == [0, 5]
+    every = Writer(saved, every_s=0, always=lambda _: False)
+    for step in range(3):
+        state.step = step
+        every(state)
+        assert len(written) >= 2 + step, "the state before is on disk when the next one is taken"
+    every.wait()
+    assert written[2:] == [0, 1, 2]
+
+
+def test_what_goes_wrong_beside_the_computation_is_raised(saved: RunFolder) -> None:
+    state = saved.load()
+    assert state is not None
+    saved.path.rename(saved.path.with_name("gone"))
+    writer = Writer(saved, every_s=0, always=lambda _: True)
+    writer(state)
+    with pytest.raises(BadInput, match=r"step checkpoint .* cannot be written"):
+        writer.wait()
+
+
+def test_a_restart_with_other_weights_never_takes_up_the_old_state(saved: RunFolder) -> None:
+    saved.restart("others")
+    with pytest.raises(BadCheckpoint, match="belongs to another run"):
+        saved.load()
+    saved.save(open_pipeline(saved).encode())
+    state = saved.load()
+    assert state is not None
+    assert state.step == 0

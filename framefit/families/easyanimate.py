@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from framefit.families.parts import Notice, Parts, Tensors, noise
 from framefit.families.pixels import to_frames, to_tensor
@@ -64,7 +63,7 @@ def encode_image(
             video == -1, video, video + IMAGE_NOISE * noise(tuple(video.shape), generator, video.device)
         )
     known = vae.encode(video.to(parts.device, vae.dtype))[0].mode().float() * vae.config.scaling_factor
-    mask = _known_frames(request.num_frames, shape[2], with_last=last is not None) * vae.config.scaling_factor
+    mask = _known_frames(shape[2]) * vae.config.scaling_factor
     mask = mask.to(parts.device).expand(-1, -1, -1, *shape[3:])
     scale = getattr(parts["scheduler"], "init_noise_sigma", 1.0)
     return latents * scale, {"inpaint": torch.cat([mask, known], dim=1)}
@@ -133,13 +132,12 @@ def _t5(parts: Parts, prompt: str, notice: Notice) -> torch.Tensor:
     return states
 
 
-def _known_frames(num_frames: int, latent_frames: int, *, with_last: bool) -> torch.Tensor:
-    """(1, 1, f, 1, 1): how much of each latent frame is known; the first frame stands alone, as in the VAE."""
-    known = torch.zeros(1, 1, num_frames, 1, 1)
+def _known_frames(latent_frames: int) -> torch.Tensor:
+    """(1, 1, f, 1, 1): 1 on the first latent frame, 0 after it, with an end image too.
+
+    Upstream shrinks the mask of the later frames fourfold by trilinear sampling, which reads the middle two of each
+    four: the last frame never shows in the mask, and an end image acts through the video alone.
+    """
+    known = torch.zeros(1, 1, latent_frames, 1, 1)
     known[:, :, 0] = 1
-    if with_last:
-        known[:, :, -1] = 1
-    if latent_frames == 1:
-        return known[:, :, :1]
-    later = interpolate(known[:, :, 1:], size=(latent_frames - 1, 1, 1), mode="trilinear", align_corners=False)
-    return torch.cat([known[:, :, :1], later], dim=2)
+    return known

@@ -15,6 +15,7 @@ from framefit.families.checkpoint import Checkpoint, Component
 
 __all__ = [
     "Shapes",
+    "check_headers",
     "fingerprint",
     "header",
     "index_file",
@@ -57,6 +58,13 @@ def needed_files(folder: Path, checkpoint: Checkpoint) -> list[Path]:
         way = "complete the folder" if checkpoint.folder else f"run 'framefit models pull {checkpoint.id}'"
         raise ModelMissing(f"{checkpoint.id} is incomplete at {folder}: {'; '.join(gaps[:3])}{more}. To go on, {way}.")
     return files
+
+
+def check_headers(folder: Path, checkpoint: Checkpoint) -> None:
+    """Raises `ModelMissing` for a weight file that is cut off, garbled, or of whole numbers."""
+    for file in needed_files(folder, checkpoint):
+        if file.suffix == ".safetensors" and (wrong := header(file)[1]):
+            raise ModelMissing(f"{file} {wrong}: framefit models verify names all that is wrong.")
 
 
 def fingerprint(folder: Path) -> str:

@@ -22,8 +22,12 @@ __all__ = ["recognise"]
 
 CONFIG_NAMES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
-SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "DDIMScheduler")
-"""Those of the published models."""
+SCHEDULERS = {
+    "UniPCMultistepScheduler": ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "FlowMatchEulerDiscreteScheduler": ("FlowMatchEulerDiscreteScheduler",),
+    "DDIMScheduler": ("DDIMScheduler",),
+}
+"""The published model's scheduler -> those that a folder of its architecture may have."""
 
 ORIGINALS = {
     "high_noise_model": ("Wan2.2 in upstream's own layout", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
@@ -117,8 +121,10 @@ def _easyanimate_id(folder: Path, transformer: dict[str, Any]) -> str:
 def _component(row: Component, folder: Path) -> Component:
     config = next((_read(folder / name) for name in CONFIG_NAMES if (folder / name).is_file()), {})
     class_name = config.get("_class_name", row.class_name) if row.name == "scheduler" else row.class_name
-    if row.name == "scheduler" and class_name not in SCHEDULERS:
-        raise ModelMissing(f"{folder} holds a {class_name}, and framefit runs {', '.join(SCHEDULERS)}.")
+    if row.name == "scheduler" and class_name not in SCHEDULERS[row.class_name]:
+        raise ModelMissing(
+            f"{folder} holds a {class_name}, and it should be {' or '.join(SCHEDULERS[row.class_name])}."
+        )
     facts = {k: v for k, v in config.items() if not k.startswith("_")}
     params = sum(math.prod(shape) for file in folder.glob("*.safetensors") for shape in _shapes(file).values())
     source = f"{folder}, its own files"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from PIL import Image
 
+from framefit.errors import FramefitError, ModelMissing
 from framefit.families import easyanimate_v5
 from framefit.families.checkpoint import Checkpoint, Component
 from framefit.request import ResolvedRequest
@@ -81,12 +83,30 @@ def load_parts(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype, devi
     """Read every component of a folder. Safetensors only, local files only, no remote code."""
     components = {}
     for row in checkpoint.components:
-        if row.params:
-            precision = torch.float32 if row.keep_fp32 else dtype
-            components[row.name] = _load_model(checkpoint, row, folder / row.name, precision).to(device).eval()
-        else:
-            components[row.name] = _class(row).from_pretrained(folder / row.name, local_files_only=True)
+        with _translated(folder / row.name, row):
+            components[row.name] = _load(checkpoint, row, folder / row.name, dtype, device)
     return Parts(checkpoint, components, device)
+
+
+def _load(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    if not row.params:
+        return _class(row).from_pretrained(folder, local_files_only=True)
+    return _load_model(checkpoint, row, folder, torch.float32 if row.keep_fp32 else dtype).to(device).eval()
+
+
+@contextmanager
+def _translated(folder: Path, row: Component) -> Iterator[None]:
+    """What the libraries raise on files that do not fit the class, as one sentence; a full memory stays what it is."""
+    try:
+        yield
+    except (FramefitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelMissing(
+            f"{folder} cannot be loaded as {row.class_name} ({type(error).__name__}: {reason}): "
+            f"framefit models verify names all that is wrong."
+        ) from error
 
 
 def build(row: Component) -> Any:
@@ -106,8 +126,13 @@ def noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.devi
 def _load_model(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> Any:
     if checkpoint.layout == "easyanimate-v5" and row.name == "transformer":
         return easyanimate_v5.load_transformer(folder, dtype)
-    precision = {"torch_dtype" if row.library == "diffusers" else "dtype": dtype}
-    return _class(row).from_pretrained(folder, local_files_only=True, use_safetensors=True, **precision)
+    facts: dict[str, Any] = {"torch_dtype" if row.library == "diffusers" else "dtype": dtype}
+    facts |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    model, told = _class(row).from_pretrained(folder, **facts)
+    if missing := sorted(told["missing_keys"]):  # the libraries would run on with random numbers in their place
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelMissing(f"{folder} lacks {missing[0]}{more}: framefit models verify names all that is wrong.")
+    return model
 
 
 def _class(row: Component) -> Any:
