@@ -163,6 +163,12 @@ class RunFolder:
             scheduler=_unflatten(facts["scheduler"], tensors),
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """Let another process have the folder."""
         self._lock()

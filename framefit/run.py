@@ -102,11 +102,11 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
             "the weights of %s are others than the file was made with (fingerprint %s, here %s): expect other frames.",
             checkpoint.id, options.weights, weights,
         )  # fmt: skip
-    run = None
-    if options.checkpoints is not None:
-        crf = DEFAULT_CRF if options.crf is None else options.crf
-        run = RunFolder.create(options.checkpoints.absolute(), plan, weights, output, crf)
-    return _execute(checkpoint, plan, weights, output, options, run)
+    if options.checkpoints is None:
+        return _execute(checkpoint, plan, weights, output, options, None)
+    crf = DEFAULT_CRF if options.crf is None else options.crf
+    with RunFolder.create(options.checkpoints.absolute(), plan, weights, output, crf) as run:
+        return _execute(checkpoint, plan, weights, output, options, run)
 
 
 def resume(id: str, output: Path | None, options: Options, *, restart: bool = False) -> Report:
@@ -120,24 +120,24 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
     Raises:
         BadCheckpoint: there is no such run, its files are corrupt, or it was made with other weights.
     """
-    run = RunFolder.open((options.checkpoints or default_root()).absolute(), id)
-    output = output or run.output
-    checkpoint = open_model(run.plan.request.model)
-    device = Device.detect(run.plan.device.id if options.device == "auto" else options.device)
-    plan = replace(run.plan, device=device)
-    weights = fingerprint(hub.locate(checkpoint))
-    _check_output(plan, output, options)
-    if restart:
-        run.restart(weights)
-    elif weights != run.weights:
-        raise BadCheckpoint(
-            f"run {id} was made with other weights of {checkpoint.id} (fingerprint {run.weights}, here {weights}): "
-            f"add --restart to begin again from step 0 with these."
-        )
-    state = None if restart else run.load()
-    if state is None:
-        _check_photos(plan)
-    return _execute(checkpoint, plan, weights, output, options, run, state)
+    with RunFolder.open((options.checkpoints or default_root()).absolute(), id) as run:
+        output = output or run.output
+        checkpoint = open_model(run.plan.request.model)
+        device = Device.detect(run.plan.device.id if options.device == "auto" else options.device)
+        plan = replace(run.plan, device=device)
+        weights = fingerprint(hub.locate(checkpoint))
+        _check_output(plan, output, options)
+        if restart:
+            run.restart(weights)
+        elif weights != run.weights:
+            raise BadCheckpoint(
+                f"run {id} was made with other weights of {checkpoint.id} (fingerprint {run.weights}, here {weights}): "
+                f"add --restart to begin again from step 0 with these."
+            )
+        state = None if restart else run.load()
+        if state is None:
+            _check_photos(plan)
+        return _execute(checkpoint, plan, weights, output, options, run, state)
 
 
 def check_fits(plan: Plan) -> None:

@@ -128,7 +128,11 @@ def _load_model(checkpoint: Checkpoint, row: Component, folder: Path, dtype: tor
         return easyanimate_v5.load_transformer(folder, dtype)
     facts: dict[str, Any] = {"torch_dtype" if row.library == "diffusers" else "dtype": dtype}
     facts |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    if row.library == "transformers":
+        facts["ignore_mismatched_sizes"] = True  # told below, in a sentence instead of a table
     model, told = _class(row).from_pretrained(folder, **facts)
+    for key, found, needed in told["mismatched_keys"]:
+        raise ModelMissing(f"{folder} holds {key} of shape {list(found)}, and {row.class_name} needs {list(needed)}.")
     if missing := sorted(told["missing_keys"]):  # the libraries would run on with random numbers in their place
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelMissing(f"{folder} lacks {missing[0]}{more}: framefit models verify names all that is wrong.")
