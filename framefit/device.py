@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,9 +109,7 @@ def _cpu_name() -> str:
     import platform
 
     model = platform.processor() or platform.machine()
-    try:
+    with contextlib.suppress(OSError):  # Linux tells more
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
     return f"{model} ({os.cpu_count()} cores)"
