@@ -97,7 +97,7 @@ def save_tiny(id: str, folder: Path, *, seed: int = 0) -> Checkpoint:
             build(component).save_pretrained(target)
     if row.layout == "easyanimate-v5":
         easyanimate_v5.to_native(folder / "transformer")
-    index: dict[str, Any] = {c.name: [c.library, c.class_name] for c in row.components}
+    index: dict[str, Any] = {c.name: [c.package, c.class_name] for c in row.components}
     index |= {"_class_name": PIPELINES[row.family], "boundary_ratio": row.boundary_ratio}
     index |= {"expand_timesteps": row.first_frame_clean}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
@@ -132,7 +132,7 @@ def _random_model(component: Component, dtype: torch.dtype, device: torch.device
         torch.set_default_dtype(usual)
     kept = getattr(model, "_keep_in_fp32_modules", None) or []
     for name, parameter in model.named_parameters():
-        if component.library == "diffusers" and set(name.split(".")) & set(kept):
+        if component.package == "diffusers" and set(name.split(".")) & set(kept):
             parameter.data = parameter.data.float()
     return model
 

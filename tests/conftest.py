@@ -79,3 +79,16 @@ def load_fp32() -> Callable[[Checkpoint], Parts]:
         return load_parts(checkpoint, checkpoint.folder, dtype=torch.float32, device=torch.device("cpu"))
 
     return load
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user of one's own: state, caches and the working folder lie below a temporary folder."""
+    root = tmp_path / "home"
+    for name in ("STATE", "CACHE"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(root / name.lower()))
+    monkeypatch.setenv("HF_HOME", str(root / "hf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "hf" / "hub"))  # read at import
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return root

@@ -32,21 +32,7 @@ WAN, EASY, I2VGEN = "wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl"
 USAGE, BAD_INPUT, DOES_NOT_FIT, MISSING = 2, 3, 4, 5
 DENOISER, ENCODER = "transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A user of one's own: state, caches and the working folder lie below a temporary folder."""
-    root = tmp_path / "home"
-    for name in ("STATE", "CACHE"):
-        monkeypatch.setenv(f"XDG_{name}_HOME", str(root / name.lower()))
-    monkeypatch.setenv("HF_HOME", str(root / "hf"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "hf" / "hub"))  # read at import
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads of one tiny model wait for each other, for seconds where the cores are busy
-    yield root
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from framefit import __version__, cli, video
@@ -34,6 +33,8 @@ Call = Callable[..., "Outcome"]
 
 WAN, EASY = "wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp"
 SMALL = ("-p", "a boat drifts", "--size", "96x64", "--frames", "5", "--steps", "2", "--seed", "7", "--device", "cpu")
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,6 @@ class Outcome:
         assert found, self.err
         assert "Traceback" not in self.err
         return found[1]
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A user of one's own: state, caches and the working folder lie below a temporary folder."""
-    root = tmp_path / "home"
-    for name in ("STATE", "CACHE"):
-        monkeypatch.setenv(f"XDG_{name}_HOME", str(root / name.lower()))
-    monkeypatch.setenv("HF_HOME", str(root / "hf"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "hf" / "hub"))  # read at import
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads of one tiny model wait for each other, for seconds where the cores are busy
-    yield root
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ class Component:
 
     name: str
     """Folder name in the diffusers layout, e.g. "transformer_2"."""
-    library: Literal["diffusers", "transformers"]
+    package: Literal["diffusers", "transformers"]
     class_name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     """Constructor configuration of the full-size component (its class's defaults where a key is absent)."""

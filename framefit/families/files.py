@@ -127,7 +127,7 @@ def weight_files(part: Path, component: Component) -> tuple[list[Path], list[str
 
 
 def stem(component: Component) -> str:
-    return "diffusion_pytorch_model" if component.library == "diffusers" else "model"
+    return "diffusion_pytorch_model" if component.package == "diffusers" else "model"
 
 
 def index_file(part: Path, component: Component) -> Path:

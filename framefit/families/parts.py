@@ -112,7 +112,7 @@ def _translated(folder: Path, row: Component) -> Iterator[None]:
 def build(row: Component) -> Any:
     """A fresh component from its configuration; under `torch.device("meta")` it costs no memory."""
     cls = _class(row)
-    if row.library == "transformers" and row.params:
+    if row.package == "transformers" and row.params:
         return cls(cls.config_class(**row.config)).eval()
     component = cls(**row.config)
     return component.eval() if row.params else component
@@ -126,9 +126,9 @@ def noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.devi
 def _load_model(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> Any:
     if checkpoint.layout == "easyanimate-v5" and row.name == "transformer":
         return easyanimate_v5.load_transformer(folder, dtype)
-    facts: dict[str, Any] = {"torch_dtype" if row.library == "diffusers" else "dtype": dtype}
+    facts: dict[str, Any] = {"torch_dtype" if row.package == "diffusers" else "dtype": dtype}
     facts |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    if row.library == "transformers":
+    if row.package == "transformers":
         facts["ignore_mismatched_sizes"] = True  # told below, in a sentence instead of a table
     model, told = _class(row).from_pretrained(folder, **facts)
     for key, found, needed in told["mismatched_keys"]:
@@ -140,4 +140,4 @@ def _load_model(checkpoint: Checkpoint, row: Component, folder: Path, dtype: tor
 
 
 def _class(row: Component) -> Any:
-    return getattr(importlib.import_module(row.library), row.class_name)
+    return getattr(importlib.import_module(row.package), row.class_name)

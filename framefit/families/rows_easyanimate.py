@@ -19,7 +19,7 @@ LAYERS_7B = {"num_layers": 36, "mmdit_layers": 18}
 LAYERS_12B = {"num_layers": 48, "mmdit_layers": 48}
 
 VAE = Component(
-    name="vae", library="diffusers", class_name="AutoencoderKLMagvit",
+    name="vae", package="diffusers", class_name="AutoencoderKLMagvit",
     config={
         "in_channels": 3, "latent_channels": 16, "out_channels": 3, "block_out_channels": [128, 256, 512, 512],
         "down_block_types": ["SpatialDownBlock3D"] + ["SpatialTemporalDownBlock3D"] * 3,
@@ -31,7 +31,7 @@ VAE = Component(
 )  # fmt: skip
 
 QWEN2_VL_7B = Component(
-    name="text_encoder", library="transformers", class_name="Qwen2VLForConditionalGeneration",
+    name="text_encoder", package="transformers", class_name="Qwen2VLForConditionalGeneration",
     config={
         "text_config": {
             "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
@@ -49,17 +49,17 @@ QWEN2_VL_7B = Component(
 )  # fmt: skip
 
 QWEN_TOKENIZER = Component(
-    name="tokenizer", library="transformers", class_name="Qwen2TokenizerFast", source="Qwen/Qwen2-VL-7B-Instruct"
+    name="tokenizer", package="transformers", class_name="Qwen2TokenizerFast", source="Qwen/Qwen2-VL-7B-Instruct"
 )
 
 FLOW = Component(
-    name="scheduler", library="diffusers", class_name="FlowMatchEulerDiscreteScheduler",
+    name="scheduler", package="diffusers", class_name="FlowMatchEulerDiscreteScheduler",
     config={"shift": 3.0, "use_dynamic_shifting": True},
     source="[quoted] scheduler_config.json; the reference passes mu=1, which makes `shift` idle",
 )  # fmt: skip
 
 BERT = Component(
-    name="text_encoder", library="transformers", class_name="BertModel",
+    name="text_encoder", package="transformers", class_name="BertModel",
     config={
         "vocab_size": 47020, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
         "intermediate_size": 4096, "max_position_embeddings": 512,
@@ -69,7 +69,7 @@ BERT = Component(
 )  # fmt: skip
 
 MT5_XL = Component(
-    name="text_encoder_2", library="transformers", class_name="T5EncoderModel",
+    name="text_encoder_2", package="transformers", class_name="T5EncoderModel",
     config={
         "vocab_size": 250112, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32,
         "feed_forward_proj": "gated-gelu",
@@ -79,7 +79,7 @@ MT5_XL = Component(
 )  # fmt: skip
 
 DDIM = Component(
-    name="scheduler", library="diffusers", class_name="DDIMScheduler",
+    name="scheduler", package="diffusers", class_name="DDIMScheduler",
     config={
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
         "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
@@ -95,7 +95,7 @@ def _transformer(params: int, source: str, **config: Any) -> Component:
         "resize_inpaint_mask_directly": True, "add_noise_in_inpaint_model": True,
     }  # fmt: skip
     return Component(
-        name="transformer", library="diffusers", class_name="EasyAnimateTransformer3DModel",
+        name="transformer", package="diffusers", class_name="EasyAnimateTransformer3DModel",
         config=base | config, params=params, source=source,
     )  # fmt: skip
 
@@ -152,10 +152,10 @@ def _v5(size: str, layers: dict[str, int], params: int, download_bytes: int) -> 
     )  # fmt: skip
     tokenizers = (
         Component(
-            name="tokenizer", library="transformers", class_name="BertTokenizerFast", source="[ea] predict_i2v.py"
+            name="tokenizer", package="transformers", class_name="BertTokenizerFast", source="[ea] predict_i2v.py"
         ),
         Component(
-            name="tokenizer_2", library="transformers", class_name="T5TokenizerFast", source="[ea] predict_i2v.py"
+            name="tokenizer_2", package="transformers", class_name="T5TokenizerFast", source="[ea] predict_i2v.py"
         ),
     )
     return _row(

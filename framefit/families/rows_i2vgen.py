@@ -9,7 +9,7 @@ from framefit.families.checkpoint import Checkpoint, Component, Frames, Sizes
 __all__ = ["ROWS"]
 
 UNET = Component(
-    name="unet", library="diffusers", class_name="I2VGenXLUNet",
+    name="unet", package="diffusers", class_name="I2VGenXLUNet",
     config={
         "sample_size": 32, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
         "norm_num_groups": 32, "cross_attention_dim": 1024, "attention_head_dim": 64,
@@ -19,7 +19,7 @@ UNET = Component(
 )  # fmt: skip
 
 VAE = Component(
-    name="vae", library="diffusers", class_name="AutoencoderKL",
+    name="vae", package="diffusers", class_name="AutoencoderKL",
     config={
         "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
         "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 768,
@@ -30,7 +30,7 @@ VAE = Component(
 )  # fmt: skip
 
 TEXT_ENCODER = Component(
-    name="text_encoder", library="transformers", class_name="CLIPTextModel",
+    name="text_encoder", package="transformers", class_name="CLIPTextModel",
     config={
         "vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "projection_dim": 1024,
         "num_hidden_layers": 24, "num_attention_heads": 16, "hidden_act": "gelu", "bos_token_id": 0,
@@ -41,7 +41,7 @@ TEXT_ENCODER = Component(
 )  # fmt: skip
 
 IMAGE_ENCODER = Component(
-    name="image_encoder", library="transformers", class_name="CLIPVisionModelWithProjection",
+    name="image_encoder", package="transformers", class_name="CLIPVisionModelWithProjection",
     config={
         "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1024, "num_hidden_layers": 32,
         "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
@@ -51,7 +51,7 @@ IMAGE_ENCODER = Component(
 )  # fmt: skip
 
 SCHEDULER = Component(
-    name="scheduler", library="diffusers", class_name="DDIMScheduler",
+    name="scheduler", package="diffusers", class_name="DDIMScheduler",
     config={
         "beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "steps_offset": 1,
         "prediction_type": "v_prediction", "timestep_spacing": "leading", "rescale_betas_zero_snr": True,
@@ -70,10 +70,10 @@ ROWS = (
         components=(
             UNET, VAE, TEXT_ENCODER, IMAGE_ENCODER,
             Component(
-                name="tokenizer", library="transformers", class_name="CLIPTokenizerFast", source="hub tokenizer/"
+                name="tokenizer", package="transformers", class_name="CLIPTokenizerFast", source="hub tokenizer/"
             ),
             Component(
-                name="feature_extractor", library="transformers", class_name="CLIPImageProcessorPil",
+                name="feature_extractor", package="transformers", class_name="CLIPImageProcessorPil",
                 config={"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}},
                 source="hub feature_extractor/",
             ),

@@ -48,21 +48,21 @@ def _transformer(name: str, params: int, source: str, **config: Any) -> Componen
         "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024,
     }  # fmt: skip
     return Component(
-        name=name, library="diffusers", class_name="WanTransformer3DModel",
+        name=name, package="diffusers", class_name="WanTransformer3DModel",
         config=base | config, params=params, source=source,
     )  # fmt: skip
 
 
 def _scheduler(shift: float) -> Component:
     return Component(
-        name="scheduler", library="diffusers", class_name="UniPCMultistepScheduler",
+        name="scheduler", package="diffusers", class_name="UniPCMultistepScheduler",
         config={"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift},
         source="[conv]",
     )  # fmt: skip
 
 
 TEXT_ENCODER = Component(
-    name="text_encoder", library="transformers", class_name="UMT5EncoderModel",
+    name="text_encoder", package="transformers", class_name="UMT5EncoderModel",
     config={
         "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
         "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
@@ -72,10 +72,10 @@ TEXT_ENCODER = Component(
     source="google/umt5-xxl config.json; the hub's bf16 shards are 2 bytes a parameter and 30,536 bytes of headers",
 )  # fmt: skip
 
-TOKENIZER = Component(name="tokenizer", library="transformers", class_name="T5TokenizerFast", source="google/umt5-xxl")
+TOKENIZER = Component(name="tokenizer", package="transformers", class_name="T5TokenizerFast", source="google/umt5-xxl")
 
 VAE_21 = Component(
-    name="vae", library="diffusers", class_name="AutoencoderKLWan",
+    name="vae", package="diffusers", class_name="AutoencoderKLWan",
     config={
         "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
         "temperal_downsample": [False, True, True], "latents_mean": MEAN_21, "latents_std": DEVIATION_21,
@@ -86,7 +86,7 @@ VAE_21 = Component(
 )  # fmt: skip
 
 VAE_22 = Component(
-    name="vae", library="diffusers", class_name="AutoencoderKLWan",
+    name="vae", package="diffusers", class_name="AutoencoderKLWan",
     config={
         "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
         "temperal_downsample": [False, True, True], "latents_mean": MEAN_22, "latents_std": DEVIATION_22,
@@ -98,7 +98,7 @@ VAE_22 = Component(
 )  # fmt: skip
 
 IMAGE_ENCODER = Component(
-    name="image_encoder", library="transformers", class_name="CLIPVisionModel",
+    name="image_encoder", package="transformers", class_name="CLIPVisionModel",
     config={
         "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1024, "num_hidden_layers": 32,
         "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
@@ -108,7 +108,7 @@ IMAGE_ENCODER = Component(
 )  # fmt: skip
 
 IMAGE_PROCESSOR = Component(
-    name="image_processor", library="transformers", class_name="CLIPImageProcessorPil",
+    name="image_processor", package="transformers", class_name="CLIPImageProcessorPil",
     config={"size": {"height": 224, "width": 224}, "do_center_crop": False},
     source="[2.1] wan/modules/clip.py: bicubic to 224x224, no crop",
 )  # fmt: skip

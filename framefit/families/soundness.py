@@ -84,11 +84,11 @@ def _index_differs(part: Path, component: Component, found: dict[Path, Shapes | 
 def _class_differs(part: Path, component: Component, tensors: Shapes, config: dict[str, Any]) -> Iterator[str]:
     """How `tensors` differ from the class built from `config`, with no weights allocated."""
     name = component.class_name
-    if component.library == "diffusers" and config.get("_class_name", name) != name:
+    if component.package == "diffusers" and config.get("_class_name", name) != name:
         yield f"{part.name}/config.json is of {config['_class_name']}, not of {name}."
         return
-    compare = _compare_diffusers if component.library == "diffusers" else _compare_transformers
-    library = importlib.import_module(component.library)
+    compare = _compare_diffusers if component.package == "diffusers" else _compare_transformers
+    library = importlib.import_module(component.package)
     try:
         with _quiet(library.utils.logging):
             missing, extra, shapes = compare(getattr(library, name), config, tensors)
