@@ -92,7 +92,7 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     """
     options = options or Options()
     checkpoint, plan = prepare(request, options)
-    if checkpoint.folder is not None:
+    if checkpoint.folder is not None:  # what a folder lacks is told before what it would need
         hub.locate(checkpoint)
     check_fits(plan)
     _check_output(plan, output, options)
@@ -276,12 +276,13 @@ def _tiny() -> Checkpoint:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                 testing.save_tiny("wan2.2-i2v-a14b", Path(scratch) / TINY)
-                with contextlib.suppress(FileExistsError):  # another process was first
-                    (Path(scratch) / TINY).rename(folder)
+                (Path(scratch) / TINY).rename(folder)
         except OSError as error:
-            raise BadOutput(
-                f"the stand-in model cannot be written to {folder} ({error.strerror}): make room or set XDG_CACHE_HOME."
-            ) from None
+            if not folder.is_dir():  # else another process was first
+                raise BadOutput(
+                    f"the stand-in model cannot be written to {folder} ({error.strerror}): make room, or set "
+                    f"XDG_CACHE_HOME."
+                ) from None
     return replace(
         find(str(folder)),
         id=TINY,

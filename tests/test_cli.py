@@ -816,3 +816,17 @@ def test_preview(call: Call, model: Path, photo: Path) -> None:
     assert call("run", photo, *SMALL, "-m", model, "-o", "a.mp4", "--preview", "p.png").code == 0
     with Image.open("p.png") as image:
         assert (image.format, image.size) == ("PNG", (96, 64))
+
+
+def test_two_first_tries_at_once_share_one_stand_in(home: Path) -> None:
+    """Both build it, one puts it in place, and the other takes that."""
+    code = "from framefit.run import open_model; print(open_model('tiny').folder)"
+    environment = os.environ | {"XDG_CACHE_HOME": str(home / "cache")}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    folders = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(folders) == 1
+    assert len(list((home / "cache" / "framefit").iterdir())) == 1
