@@ -130,7 +130,8 @@ class RunFolder:
         return run
 
     def restart(self, weights: str) -> None:
-        """Begin again from step 0, with these weights."""
+        """Forget the state, and begin again from step 0 with these weights."""
+        (self.path / "step.safetensors").unlink(missing_ok=True)
         self.weights = weights
         self._identity = _digest(self.plan.dumps().encode(), weights.encode())
         self._conditioning_saved = False
@@ -192,10 +193,12 @@ class RunFolder:
         self._lock = weakref.finalize(self, os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise BadCheckpoint(
                 f"run {self.id} is being worked on by another process: wait for it, or stop it."
             ) from None
+        except OSError:
+            return  # some network file systems have no locks
 
     def _save_tensors(self, name: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         from safetensors.torch import save
@@ -242,22 +245,29 @@ class Writer:
         self._every_s = every_s
         self._always = always
         self._saved = -math.inf
+        self._step: int | None = None
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
 
     def __call__(self, state: State) -> None:
         """Take a copy of `state`, and write it if it is due."""
-        if time.monotonic() - self._saved < self._every_s and not self._always(state):
+        due = time.monotonic() - self._saved >= self._every_s or self._always(state)
+        if not due or state.step == self._step:
             return
         self.wait()
         self._pending = self._pool.submit(self._run.save, state.snapshot())
-        self._saved = time.monotonic()
+        self._saved, self._step = time.monotonic(), state.step
 
     def wait(self) -> None:
         """Return once everything taken is on disk; raises what went wrong there."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        except Exception:
+            self._pending = None
+            raise
+        self._pending = None  # not before: an interrupted wait must be taken up again
 
 
 _ANEW = "add --restart to begin again from step 0."

@@ -195,8 +195,9 @@ def inspect(flags: Namespace) -> None:
 
 def _finish(facts: dict[str, Any], flags: Namespace, text: str) -> None:
     """The result on stdout, for a program or for a person."""
-    text = json.dumps(facts, ensure_ascii=False, default=str) if flags.json else text
-    print(text.encode(errors="backslashreplace").decode())  # a file name may hold bytes that are no text
+    text = json.dumps(facts, default=str) if flags.json else text
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="backslashreplace").decode(encoding))  # a terminal may know less than a prompt
 
 
 def _request(flags: Namespace) -> Request:

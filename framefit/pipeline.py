@@ -169,6 +169,8 @@ class Pipeline:
                 )
                 on_step(Step(state.step, len(schedule), expert, seconds, state.latents, preview))
             if cancelled() and state.step < len(schedule):
+                if save:  # once more: whoever saves now and then may have let this step pass
+                    save(state)
                 raise Cancelled(f"stopped after step {state.step} of {len(schedule)}.")
 
     def decode(self, state: State, *, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Frame]:

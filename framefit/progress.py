@@ -29,10 +29,6 @@ class Progress:
     """
 
     def __init__(self, flags: Namespace) -> None:
-        if flags.crf is not None and not 0 <= flags.crf <= 51:
-            raise UsageError(f"--crf is {flags.crf}, and must be from 0 to 51.")
-        if not flags.checkpoint_every >= 0:
-            raise UsageError(f"--checkpoint-every is {flags.checkpoint_every:g}, and must be 0 or more seconds.")
         if flags.no_checkpoint and getattr(flags, "resume", None):
             raise UsageError("--resume reads the checkpoint that --no-checkpoint refuses: leave one of them out.")
         if flags.preview:

@@ -102,7 +102,7 @@ def recipe(file: Path, image: Path | None = None, last_image: Path | None = None
             crf=int(made["crf"]),
             weights=str(made["weights"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadInput(f"the parameters in {file} are not complete ({error!r}): it cannot be made again.") from None
 
 
@@ -154,8 +154,9 @@ def _find_photo(name: str, digest: str, given: Path | None, file: Path, field: s
     local = Path(name).name
     candidates = [file.parent / local, Path(local), BUNDLED / local, *map(Path, filter(None, [_recall(digest)]))]
     for candidate in candidates:
-        if candidate.is_file() and photo.sha256(candidate) == digest:
-            return candidate
+        with contextlib.suppress(OSError):  # a namesake that cannot be read is not the photo
+            if candidate.is_file() and photo.sha256(candidate) == digest:
+                return candidate
     raise BadInput(
         f"the photo that {file} was made from ({name}) is not here: give it with --{field.replace('_', '-')} "
         f"(SHA-256 {digest[:16]}...)."

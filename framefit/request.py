@@ -6,7 +6,6 @@ is generated from these fields, so a field here is a flag there.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -85,8 +84,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} is {value}, and must be 1 or more.")
-        if self.fps is not None and not (math.isfinite(self.fps) and 0.1 <= self.fps <= 240):
-            raise BadInput(f"fps is {self.fps:g}, and must be from 0.1 to 240.")
+        if self.fps is not None and not 0.1 <= self.fps <= 240:
+            raise BadInput(f"fps is {_short(self.fps)}, and must be from 0.1 to 240.")
         if self.steps is not None and self.steps > MOST_STEPS:
             raise BadInput(
                 f"steps is {self.steps}, and must be at most {MOST_STEPS}, the length of the training schedule."
@@ -97,8 +96,8 @@ class Request:
             for scale in self.guidance:
                 if not isinstance(scale, float | int):
                     raise BadInput(f"guidance is {scale!r:.80}, and must be a number, or one per expert.")
-                if not (math.isfinite(scale) and 0 <= scale <= 100):
-                    raise BadInput(f"guidance is {scale:g}, and must be a number from 0 to 100 (1 turns it off).")
+                if not 0 <= scale <= 100:
+                    raise BadInput(f"guidance is {_short(scale)}, and must be a number from 0 to 100 (1 turns it off).")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise BadInput(f"seed is {self.seed}, and must be from 0 to 2^63 - 1.")
         if self.fit is not None and self.fit not in get_args(Fit):
@@ -167,6 +166,10 @@ class ResolvedRequest:
         last = data["last_image"]
         paths = {"image": Path(data["image"]), "last_image": None if last is None else Path(last)}
         return cls(**(data | paths | {"guidance": tuple(data["guidance"])}))
+
+
+def _short(number: float) -> str:
+    return f"{number:g}" if isinstance(number, float) else f"{number!s:.40}"
 
 
 def _words(kind: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from framefit import __version__, photo, recipe, testing, video
 from framefit.checkpoint import RunFolder, State, Writer, default_root
 from framefit.device import Device
-from framefit.errors import BadCheckpoint, BadImage, BadOutput, Cancelled, DoesNotFit, FramefitError
+from framefit.errors import BadCheckpoint, BadImage, BadOutput, Cancelled, DoesNotFit, FramefitError, UsageError
 from framefit.families import Checkpoint, Sizes, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger
@@ -59,6 +59,12 @@ class Options:
     on_step: Callable[[Step], None] = lambda step: None
     on_phase: Callable[[str], None] = lambda name: None
     cancelled: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        if self.crf is not None and not 0 <= self.crf <= 51:
+            raise UsageError(f"--crf is {self.crf}, and must be from 0 to 51.")
+        if not self.checkpoint_every_s >= 0:
+            raise UsageError(f"--checkpoint-every is {self.checkpoint_every_s:g}, and must be 0 or more seconds.")
 
 
 def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
@@ -128,6 +134,7 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
         weights = fingerprint(hub.locate(checkpoint))
         _check_output(plan, output, options)
         if restart:
+            _check_photos(plan)
             run.restart(weights)
         elif weights != run.weights:
             raise BadCheckpoint(
@@ -175,6 +182,8 @@ def _execute(
         with _finishing(writer):
             pipeline = load(plan, checkpoint, ledger)
             frames = pipeline.run(state=state, on_step=options.on_step, save=writer, cancelled=options.cancelled)
+            if writer:
+                writer.wait()
             with ledger.phase("write"):
                 recipe.remember(checkpoint, plan, weights)
                 parameters = recipe.parameters(checkpoint, plan, weights, crf)
@@ -224,9 +233,13 @@ def _finishing(writer: Writer | None) -> Iterator[None]:
     """Whatever ends the block, the last state is on disk before anybody is told how to go on from it."""
     try:
         yield
-    finally:
+    except BaseException as error:
         if writer:
-            writer.wait()
+            try:
+                writer.wait()
+            except FramefitError as another:
+                error.add_note(str(another))
+        raise
 
 
 def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:
