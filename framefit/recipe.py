@@ -48,12 +48,13 @@ def parameters(checkpoint: Checkpoint, plan: Plan, weights: str, crf: int) -> di
     fields = {k: v for k, v in request.to_json().items() if k != "shift"}
     for name in plan.photos:
         fields[name] = _readable(Path(fields[name]).name)
-    if checkpoint.folder is not None and _is_local(checkpoint):
-        fields["model"] = _readable(checkpoint.folder.name)
+    local = _local_folder(checkpoint)
+    if local is not None:
+        fields["model"] = _readable(local.name)
     return {
         "made_by": f"framefit {__version__}",
         "request": fields,
-        "local_model": _is_local(checkpoint),
+        "local_model": local is not None,
         "photos": dict(plan.photos),
         "precision": plan.precision,
         "settings": {s.type: s.value for s in plan.settings},
@@ -69,8 +70,8 @@ def parameters(checkpoint: Checkpoint, plan: Plan, weights: str, crf: int) -> di
 def remember(checkpoint: Checkpoint, plan: Plan, weights: str) -> None:
     """Note on this machine where photos and a local model lay, by their hashes, so that `rerun` finds them again."""
     seen = {digest: getattr(plan.request, name) for name, digest in plan.photos.items()}
-    if checkpoint.folder is not None and _is_local(checkpoint):
-        seen[weights] = checkpoint.folder
+    if local := _local_folder(checkpoint):
+        seen[weights] = local
     with contextlib.suppress(OSError):  # the video matters more than the note
         _seen().mkdir(parents=True, exist_ok=True)
         for digest, path in seen.items():
@@ -111,9 +112,10 @@ def _readable(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _is_local(checkpoint: Checkpoint) -> bool:
-    """Whether the model is a folder of the user's, and not one that framefit builds or fetches."""
-    return checkpoint.folder is not None and checkpoint.id == checkpoint.folder.name
+def _local_folder(checkpoint: Checkpoint) -> Path | None:
+    """The model's folder where it is the user's own, and not one that framefit builds or fetches."""
+    folder = checkpoint.folder
+    return folder if folder is not None and checkpoint.id == folder.name else None
 
 
 def _recall(digest: Any) -> str | None:
