@@ -1,0 +1,167 @@
+"""A stretch of training: ends when the training or the stretch has had its time, and the next one goes on from there.
+
+A training is as long as its recipe says in seconds, on any card: a faster one takes more steps.
+
+The model computes in its own precision (bf16 on a card); the optimiser holds fp32 masters, and beside them their
+exponential average, which is what is kept in the end. A step's randomness comes from its number, so that a training
+that was cut into stretches sees the same data as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+__all__ = ["Pace", "Trainee", "train"]
+
+Loss = Callable[[float, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
+"""(share of the training that is done, the step's generator) -> the loss, and figures for the curve."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How fast and how long."""
+
+    seconds: float
+    """Of training, over all stretches."""
+    lr: float
+    warmup: int = 200
+    """Steps."""
+    final: float = 0.02
+    """Learning rate at the end, as a share of `lr`; between them half a cosine."""
+    weight_decay: float = 0.01
+    average: float = 0.999
+    """Decay of the exponential average per step."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    seed: int = 0
+
+    def rate(self, step: int, progress: float) -> float:
+        cosine = self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * min(1.0, (step + 1) / self.warmup) * cosine
+
+
+@dataclass(kw_only=True)
+class Trainee:
+    """A model in training: its parameters that learn, their masters, averages and optimiser."""
+
+    parameters: Mapping[str, nn.Parameter]
+    pace: Pace
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.masters = [p.detach().float().clone() for p in self.parameters.values()]
+        self.averages = [m.clone() for m in self.masters]
+        # a decoupled decay on matrices only: gains, biases and tables stay free
+        groups = [
+            {"params": [m for m in self.masters if m.ndim > 1], "weight_decay": self.pace.weight_decay},
+            {"params": [m for m in self.masters if m.ndim <= 1], "weight_decay": 0.0},
+        ]
+        fused = self.masters[0].is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=self.pace.lr, betas=(0.9, 0.99), fused=fused)
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.seconds / self.pace.seconds)
+
+    def update(self) -> float:
+        """One step of the optimiser from the gradients of the model. Returns the norm of the gradient."""
+        parameters = list(self.parameters.values())
+        for master, parameter in zip(self.masters, parameters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        norm = nn.utils.clip_grad_norm_(self.masters, self.pace.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.pace.rate(self.step, self.progress)
+        self.optimizer.step()
+        self.step += 1
+        # the average of the first steps would be mostly the random start
+        decay = min(self.pace.average, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.averages, self.masters, 1 - decay)
+        torch._foreach_copy_(parameters, self.masters)
+        return norm
+
+    def finish(self) -> None:
+        """The averages become the model's parameters."""
+        torch._foreach_copy_(list(self.parameters.values()), self.averages)
+
+    def save(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name, master, average in zip(self.parameters, self.masters, self.averages, strict=True):
+            tensors |= {f"master.{name}": master, f"average.{name}": average}
+            for key, value in self.optimizer.state.get(master, {}).items():
+                tensors[f"{key}.{name}"] = value
+        partial = file.with_suffix(".partial")
+        progress = json.dumps({"step": self.step, "seconds": self.seconds, "curve": self.curve})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"progress": progress})
+        partial.replace(file)
+
+    def restore(self, file: Path) -> None:
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            progress = json.loads(opened.metadata()["progress"])
+        tensors = load_file(file, device=str(self.masters[0].device))
+        self.step, self.seconds, self.curve = progress["step"], progress["seconds"], progress["curve"]
+        for name, master, average in zip(self.parameters, self.masters, self.averages, strict=True):
+            master.copy_(tensors[f"master.{name}"])
+            average.copy_(tensors[f"average.{name}"])
+            if f"exp_avg.{name}" in tensors:
+                self.optimizer.state[master] = {
+                    "step": tensors[f"step.{name}"].cpu() if not master.is_cuda else tensors[f"step.{name}"],
+                    "exp_avg": tensors[f"exp_avg.{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+                }
+        torch._foreach_copy_(list(self.parameters.values()), self.masters)
+
+
+def train(trainee: Trainee, loss: Loss, state: Path, *, seconds: float, every: int = 50) -> bool:
+    """Go on from `state` where it exists, to the end or for `seconds`. Returns whether it is finished.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the state of the last stretch is untouched.
+    """
+    if state.exists():
+        with torch.no_grad():
+            trainee.restore(state)
+    began, before = time.monotonic(), trainee.seconds
+    device = trainee.masters[0].device
+    sums: dict[str, Tensor] = {}
+    with_grad = {p.requires_grad for p in trainee.parameters.values()}
+    if with_grad != {True}:
+        raise ValueError("a parameter to be trained does not require a gradient.")
+    while trainee.progress < 1 and time.monotonic() - began < seconds:
+        generator = torch.Generator(device).manual_seed(trainee.pace.seed * 1_000_003 + trainee.step)
+        value, figures = loss(trainee.progress, generator)
+        value.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            norm = trainee.update()
+            for name, figure in {"loss": value, "norm": torch.as_tensor(norm), **figures}.items():
+                sums[name] = sums.get(name, 0) + figure.detach().float()
+        trainee.seconds = before + time.monotonic() - began
+        if trainee.step % every == 0:
+            _note(trainee, {name: float(total) / every for name, total in sums.items()})
+            sums = {}
+    trainee.save(state)
+    return trainee.progress >= 1
+
+
+def _note(trainee: Trainee, figures: dict[str, Any]) -> None:
+    if not math.isfinite(figures["loss"]):
+        raise FloatingPointError(f"the loss is {figures['loss']} at step {trainee.step}: lower the learning rate.")
+    entry = {"step": trainee.step, "seconds": round(trainee.seconds, 1), **{k: round(v, 6) for k, v in figures.items()}}
+    trainee.curve.append(entry)
+    if trainee.step % 500 == 0 or len(trainee.curve) == 1:
+        print(json.dumps(entry), flush=True)

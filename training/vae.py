@@ -1,0 +1,214 @@
+"""The video autoencoder: pictures first, then short clips, then clips of the size and length that the model makes.
+
+    python -m training.vae --data .data/photos --out .data/vae [--seconds 540]
+
+Wan's own class with its stride of 4x8x8 and 16 channels. Pixels are folded 2x2 before the first convolution (as in
+Wan2.2's autoencoder), so that no convolution runs at full resolution: that is where a small one spends its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training import scenes
+from training.motion import CATALOGUE, Motion
+from training.stretch import Pace, Trainee, train
+
+__all__ = ["build", "encode", "hasten", "judge", "load", "main", "psnr"]
+
+RECIPE = Path(__file__).with_name("recipe.toml")
+
+
+def main() -> None:
+    options = _options()
+    recipe = tomllib.loads(RECIPE.read_text())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    material = scenes.load(options.data, device, drawn=recipe["data"]["drawn"], seed=recipe["data"]["seed"])
+    torch.manual_seed(recipe["vae"]["pace"]["seed"])
+    vae = build(recipe["vae"]).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if device.type == "cuda":
+        hasten(vae)
+    trainee = Trainee(parameters=dict(vae.named_parameters()), pace=Pace(**recipe["vae"]["pace"]))
+    finished = train(
+        trainee,
+        lambda progress, generator: _loss(vae, material, recipe["vae"], progress, generator),
+        options.out / "state.safetensors",
+        seconds=options.seconds,
+    )
+    with torch.no_grad():
+        trainee.finish()
+        vae = vae.float()
+        _measure_latents(vae, material, recipe["model"])
+        vae.half().save_pretrained(options.out / "vae")
+        figures = judge(load(options.out / "vae", device), options.heldout, device)
+    report = {
+        "finished": finished, "step": trainee.step, "seconds": trainee.seconds,
+        "parameters": sum(p.numel() for p in vae.parameters()), "recipe": recipe["vae"], "photos": len(material.sizes),
+        "heldout": figures, "curve": trainee.curve,
+    }  # fmt: skip
+    (options.out / "vae.json").write_text(json.dumps(report))
+    print(json.dumps({k: v for k, v in report.items() if k != "curve"} | {"last": trainee.curve[-1:]}))
+
+
+def build(recipe: Mapping[str, Any]) -> AutoencoderKLWan:
+    """A fresh autoencoder whose time convolutions begin as what they are in a still: a mean, and a repetition."""
+    folded = 3 * recipe["patch_size"] ** 2
+    names = ("base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks", "patch_size", "is_residual")
+    vae = AutoencoderKLWan(
+        **{name: recipe[name] for name in names},
+        temperal_downsample=[True] * (len(recipe["dim_mult"]) - 1),
+        in_channels=folded,
+        out_channels=folded,
+    )
+    with torch.no_grad():
+        for module in vae.modules():
+            mode = getattr(module, "mode", None)
+            if mode not in ("downsample3d", "upsample3d"):
+                continue
+            weight = module.time_conv.weight
+            weight.mul_(0.5)
+            same = torch.eye(weight.shape[1])
+            if mode == "downsample3d":
+                weight[:, :, 1:, 0, 0] += 0.5 * same[:, :, None]
+            else:
+                weight[:, :, 2, 0, 0] += torch.cat([same, same])
+    return vae
+
+
+def load(folder: Path, device: torch.device) -> AutoencoderKLWan:
+    """The trained autoencoder in fp32."""
+    return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+
+
+def encode(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
+    """(B, 3, F, H, W) in [-1, 1] -> the posterior's mode, normalised, fp32 (B, 16, f, h, w)."""
+    latents = vae.encode(clips.to(vae.dtype)).latent_dist.mode().float()
+    mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1, 1) for v in _statistics(vae))
+    return (latents - mean) / std
+
+
+def psnr(one: Tensor, other: Tensor) -> Tensor:
+    """(B,) dB of pictures or clips in [-1, 1]."""
+    error = (one.float() - other.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))
+
+
+@torch.no_grad()
+def judge(vae: AutoencoderKLWan, heldout: Path, device: torch.device) -> dict[str, Any]:
+    """PSNR on photos that training never saw: still, moving, and shrunk 4x and back (how easy they are)."""
+    material = scenes.load(heldout, device, drawn=0, seed=0)
+    generator = torch.Generator(device)
+    figures: dict[str, list[float]] = {"still_db": [], "moving_db": [], "shrunk_db": []}
+    for number, (picture_width, picture_height) in enumerate(material.sizes.tolist()):
+        one = material.subset(torch.tensor([number], device=device))
+        size = (320, 192) if picture_width >= picture_height else (192, 320)
+        still = scenes.render(one, [Motion()], *size, 1, generator.manual_seed(number), recolour=False)
+        pan = [CATALOGUE["pan-left"]]
+        clip = scenes.render(one, pan, *size, 17, generator.manual_seed(number), recolour=False)
+        shrunk = functional.interpolate(functional.avg_pool2d(still[:, :, 0], 4), scale_factor=4, mode="bicubic")
+        for name, one_of, other in (
+            ("still_db", _there_and_back(vae, still), still),
+            ("moving_db", _there_and_back(vae, clip), clip),
+            ("shrunk_db", shrunk.unsqueeze(2), still),
+        ):
+            figures[name].append(round(psnr(one_of, other).item(), 2))
+    return {name: {"mean": round(sum(v) / len(v), 2), "min": min(v), "all": v} for name, v in figures.items()}
+
+
+def _loss(
+    vae: AutoencoderKLWan,
+    material: scenes.Scenes,
+    recipe: Mapping[str, Any],
+    progress: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    device = material.canvases.device
+    width, height, num_frames, batch = _phase(recipe["phases"], progress)
+    if torch.rand(1, generator=generator, device=device) < 1 / 3:
+        width, height = height, width
+    names = list(CATALOGUE)
+    drawn = torch.randint(len(names), (batch,), generator=generator, device=device).tolist()
+    with torch.no_grad():
+        clips = scenes.render(material, [CATALOGUE[names[i]] for i in drawn], width, height, num_frames, generator)
+    clips = clips.to(vae.dtype).to(memory_format=torch.channels_last_3d)
+    posterior = vae.encode(clips).latent_dist
+    mean, deviation = posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
+    latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=device)
+    decoded = vae.decode(latents.to(vae.dtype)).sample.float()
+    error = decoded - clips.float()
+    divergence = 0.5 * (mean.square() + deviation.square() - 1 - posterior.logvar.float()).mean()
+    value = error.abs().mean() + error.square().mean() + recipe["kl"] * divergence
+    return value, {"db": psnr(decoded, clips).mean(), "kl": divergence}
+
+
+def _phase(phases: list[list[float]], progress: float) -> tuple[int, int, int, int]:
+    """Width, height, frames and batch of the phase that holds `progress`."""
+    ends = itertools.accumulate(share for share, *_ in phases)
+    now = next((phase for phase, end in zip(phases, ends, strict=True) if progress < end), phases[-1])
+    width, height, num_frames, batch = (int(n) for n in now[1:])
+    return width, height, num_frames, batch
+
+
+def _there_and_back(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
+    decoded: Tensor = vae.decode(vae.encode(clips).latent_dist.mode()).sample
+    return decoded
+
+
+def _measure_latents(vae: AutoencoderKLWan, material: scenes.Scenes, model: Mapping[str, Any]) -> None:
+    """Mean and deviation of each channel over clips of the model's size, written into the configuration."""
+    generator = torch.Generator(material.canvases.device).manual_seed(0)
+    names = [n for n in CATALOGUE if "object" not in n]
+    width, height = model["sizes"][0]
+    latents = [
+        vae.encode(
+            scenes.render(material, [CATALOGUE[n] for n in names], width, height, model["num_frames"], generator)
+        )
+        .latent_dist.mode()
+        .transpose(0, 1)
+        .flatten(1)
+        for _ in range(4)
+    ]
+    values = torch.cat(latents, dim=1)
+    vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
+
+
+def _statistics(vae: AutoencoderKLWan) -> tuple[list[float], list[float]]:
+    return vae.config.latents_mean, vae.config.latents_std
+
+
+def hasten(vae: AutoencoderKLWan) -> None:
+    """On a card: channels last, which cuDNN's 3D convolutions want, and one kernel for each norm instead of seven."""
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 64
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+        elif isinstance(module, WanRMS_norm):
+            module.compile(dynamic=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the video autoencoder.")
+    parser.add_argument("--data", type=Path, default=Path(".data/photos"))
+    parser.add_argument("--heldout", type=Path, default=Path("training/heldout"))
+    parser.add_argument("--out", type=Path, default=Path(".data/vae"))
+    parser.add_argument("--seconds", type=float, default=540.0, help="length of this stretch")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
