@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types test-gpu clean
 
 demo: $(VENV)/demo
-	$(BIN)/framefit run -p "the rocket lifts off" --seed 1 -o outputs/demo.mp4 --overwrite
+	$(BIN)/framefit run -p "the camera tilts up past the rocket" --seed 1 -o outputs/demo.mp4 --overwrite
 	@echo "The video is at outputs/demo.mp4"
 
 test: $(VENV)/test

@@ -100,17 +100,15 @@ def plan(flags: Namespace) -> int:
 
 
 def models_ls(flags: Namespace) -> None:
-    from framefit.families import CHECKPOINTS, hub
+    from framefit.families import CHECKPOINTS, TINY, find, hub
 
     table: list[tuple[str, ...]] = [("id", "parameters", "download", "licence", "here", "end image", "sizes")]
     facts = []
-    for row in CHECKPOINTS.values():
+    for row in (find(TINY), *CHECKPOINTS.values()):
         here, sizes = hub.is_present(row), [f"{width}x{height}" for width, height in row.sizes.named]
-        size = f"{row.download_bytes / 1e9:.0f} GB"
+        size = "bundled" if row.bundled else f"{row.download_bytes / 1e9:.0f} GB"
         end = "yes" if row.last_image else "no"
-        table.append(
-            (row.id, f"{row.params / 1e9:.1f} B", size, row.licence, "yes" if here else "no", end, " ".join(sizes))
-        )
+        table.append((row.id, _params(row.params), size, row.licence, "yes" if here else "no", end, " ".join(sizes)))
         facts.append(
             {
                 "id": row.id,
@@ -131,19 +129,21 @@ def models_ls(flags: Namespace) -> None:
     _finish({"models": facts}, flags, _table(table))
 
 
-def models_pull(flags: Namespace) -> None:
-    from framefit.families import hub
-    from framefit.run import open_model
+def _params(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
 
-    folder = hub.pull(open_model(flags.model), on_notice=lambda text: print(text, file=sys.stderr))
+
+def models_pull(flags: Namespace) -> None:
+    from framefit.families import find, hub
+
+    folder = hub.pull(find(flags.model), on_notice=lambda text: print(text, file=sys.stderr))
     _finish({"model": flags.model, "folder": str(folder)}, flags, str(folder))
 
 
 def models_verify(flags: Namespace) -> int:
-    from framefit.families import soundness
-    from framefit.run import open_model
+    from framefit.families import find, soundness
 
-    row = open_model(flags.model)
+    row = find(flags.model)
     problems = soundness.verify(row, deep=not flags.quick, on_file=lambda name: print(name, file=sys.stderr))
     _finish({"model": row.id, "problems": problems}, flags, "\n".join(problems) or f"{row.id}: every file is in order.")
     return 5 if problems else 0
@@ -154,7 +154,7 @@ def doctor(flags: Namespace) -> None:
 
     from framefit.checkpoint import default_root, list_runs
     from framefit.device import Device
-    from framefit.families import CHECKPOINTS, hub
+    from framefit.families import CHECKPOINTS, TINY, find, hub
 
     versions = {}
     for name in ("torch", "diffusers", "transformers", "av", "pillow"):
@@ -163,7 +163,7 @@ def doctor(flags: Namespace) -> None:
         except PackageNotFoundError:
             versions[name] = "missing"
     device = Device.detect()
-    present = [row.id for row in CHECKPOINTS.values() if hub.is_present(row)]
+    present = [row.id for row in (find(TINY), *CHECKPOINTS.values()) if hub.is_present(row)]
     runs = [path.name for path in list_runs(flags.checkpoint_dir or default_root())]
     facts = {"framefit": __version__, "device": device.to_json(), "versions": versions, "models": present, "runs": runs}
     memory = [("RAM", device.ram_free_bytes, device.ram_total_bytes)]
@@ -175,7 +175,7 @@ def doctor(flags: Namespace) -> None:
         ("device", f"{device.name} ({device.id})"),
         *((name, f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB") for name, free, total in memory),
         ("disk", f"{device.disk_free_bytes / 2**30:.1f} GiB free"),
-        ("models here", ", ".join(present) or "none (framefit models pull MODEL)"),
+        ("models here", ", ".join(present)),
         ("runs to resume", ", ".join(runs) or "none"),
     ]
     _finish(facts, flags, _table(rows))

@@ -113,9 +113,8 @@ def _readable(name: str) -> str:
 
 
 def _local_folder(checkpoint: Checkpoint) -> Path | None:
-    """The model's folder where it is the user's own, and not one that framefit builds or fetches."""
-    folder = checkpoint.folder
-    return folder if folder is not None and checkpoint.id == folder.name else None
+    """The model's folder where it is the user's own, and not one that framefit ships or fetches."""
+    return None if checkpoint.bundled else checkpoint.folder
 
 
 def _recall(digest: Any) -> str | None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from framefit import __version__, photo, recipe, testing, video
+from framefit import photo, recipe, video
 from framefit.checkpoint import RunFolder, State, Writer, default_root
 from framefit.device import Device
-from framefit.errors import BadCheckpoint, BadImage, BadOutput, Cancelled, DoesNotFit, FramefitError, UsageError
-from framefit.families import Checkpoint, Sizes, find, hub
+from framefit.errors import BadCheckpoint, BadImage, Cancelled, DoesNotFit, FramefitError, UsageError
+from framefit.families import Checkpoint, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger
 from framefit.pipeline import Step, load
@@ -27,11 +25,8 @@ from framefit.planning import choose
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
-__all__ = ["Options", "check_fits", "generate", "open_model", "prepare", "resume"]
+__all__ = ["Options", "check_fits", "generate", "prepare", "resume"]
 
-
-TINY = "tiny"
-"""Id of the stand-in model."""
 
 DEFAULT_CRF = 18
 
@@ -69,10 +64,10 @@ class Options:
 
 def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
     """The model's row and the plan; no weight is read. Paths become absolute: a run may be resumed from elsewhere."""
-    checkpoint = open_model(request.model)
+    checkpoint = find(request.model)
     last_image = None if request.last_image is None else request.last_image.absolute()
     request = replace(request, image=request.image.absolute(), last_image=last_image)
-    if checkpoint.folder is not None and request.model != TINY:
+    if checkpoint.folder is not None and not checkpoint.bundled:
         request = replace(request, model=str(checkpoint.folder))
     named = {"image": request.image, "last_image": request.last_image}
     paths = {name: path for name, path in named.items() if path is not None}
@@ -128,7 +123,7 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
     """
     with RunFolder.open((options.checkpoints or default_root()).absolute(), id) as run:
         output = output or run.output
-        checkpoint = open_model(run.plan.request.model)
+        checkpoint = find(run.plan.request.model)
         device = Device.detect(run.plan.device.id if options.device == "auto" else options.device)
         plan = replace(run.plan, device=device)
         weights = fingerprint(hub.locate(checkpoint))
@@ -155,11 +150,6 @@ def check_fits(plan: Plan) -> None:
             f"{plan.request.model} needs {need:.1f} GiB for its weights in {plan.precision} and {plan.device.name} has "
             f"{free:.1f} GiB free: use a smaller model (framefit models ls) or a larger device."
         )
-
-
-def open_model(model: str) -> Checkpoint:
-    """The row for a model id, a hub repository id or a folder; `tiny` is built where it does not exist yet."""
-    return _tiny() if model == TINY else find(model)
 
 
 def _execute(
@@ -277,32 +267,3 @@ def _check_photos(plan: Plan) -> None:
             raise BadImage(
                 f"{path} is gone or is another photo than the run began with: put it back, or start a new run."
             )
-
-
-def _tiny() -> Checkpoint:
-    """A stand-in of Wan2.2-I2V-A14B's architecture with random weights, in the user's cache."""
-    import platformdirs
-
-    folder = Path(platformdirs.user_cache_dir("framefit")) / f"tiny-{__version__}-{version('diffusers')}"
-    if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                testing.save_tiny("wan2.2-i2v-a14b", Path(scratch) / TINY)
-                (Path(scratch) / TINY).rename(folder)
-        except OSError as error:
-            if not folder.is_dir():  # else another process was first
-                raise BadOutput(
-                    f"the stand-in model cannot be written to {folder} ({error.strerror}): make room, or set "
-                    f"XDG_CACHE_HOME."
-                ) from None
-    return replace(
-        find(str(folder)),
-        id=TINY,
-        title="Stand-in with random weights (Wan2.2-I2V-A14B made small)",
-        sizes=Sizes(multiple=16, default=(256, 160), named=((256, 160),), max_area=512 * 512, min_side=64),
-        frames=replace(find(str(folder)).frames, default=17, trained=17),
-        steps=6,
-        presets={},
-        caution="model 'tiny' has random weights: it shows that everything works, and its video shows only noise.",
-    )

@@ -37,13 +37,13 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from framefit import __version__, photo
-from framefit.families import hub
+from framefit.families import find, hub
 from framefit.families.files import fingerprint
 from framefit.families.pixels import to_frames, to_tensor
 from framefit.pipeline import Pipeline, load
 from framefit.plan import Plan
 from framefit.request import Request
-from framefit.run import Options, open_model, prepare
+from framefit.run import Options, prepare
 from framefit.video import Frame
 from training import estimate as motions
 from training.captions import caption
@@ -126,7 +126,7 @@ class Model:
     def __init__(self, arguments: argparse.Namespace, first: Path) -> None:
         self._arguments = arguments
         self.plan = self._plan(first, NEUTRAL, 0)
-        self.checkpoint = open_model(arguments.model)
+        self.checkpoint = find(arguments.model)
         self.parts = load(self.plan, self.checkpoint).parts
 
     def frames(self, photo: Path, prompt: str, seed: int) -> list[Frame]:
@@ -147,7 +147,10 @@ class Model:
 
     def _plan(self, photo: Path, prompt: str, seed: int) -> Plan:
         arguments = self._arguments
-        request = Request(image=photo, prompt=prompt, model=arguments.model, seed=seed, steps=arguments.steps)
+        guidance = None if arguments.guidance is None else (arguments.guidance,)
+        request = Request(
+            image=photo, prompt=prompt, model=arguments.model, seed=seed, steps=arguments.steps, guidance=guidance
+        )
         return prepare(request, Options(device=arguments.device, checkpoints=None))[1]
 
 
@@ -172,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="use the first N photos")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--motions", type=_names, default=BASIC, help="the basic motions (default: the nine)")
     parser.add_argument("--phrasings", type=int, default=1, help="prompts a photo, motion and language (default: 1)")
     parser.add_argument("--variants", type=int, default=4, help="slow, fast, combined: runs a photo and language")

@@ -245,7 +245,7 @@ def _encoded(
     # every motion as often as the others, whatever the count
     order = torch.arange(count, device=material.canvases.device) % len(motions)
     latents, photos = [], []
-    for part in order.split(ENCODED_AT_ONCE):
+    for part in torch.split(order, ENCODED_AT_ONCE):
         clips = scenes.render(material, [motions[i] for i in part.tolist()], *size, num_frames, generator)
         latents.append(vae.encode(autoencoder, clips).bfloat16())
         photos.append(condition(autoencoder, clips[:, :, :1], num_frames).bfloat16())
@@ -257,7 +257,7 @@ def _embedded(count: int, folder: Path, device: torch.device, seed: int) -> Capt
     texts = [captions.caption(name, drawn, None) for name in CATALOGUE for _ in range(count)]
     texts += [captions.neutral(drawn) for _ in range(count)]
     states = text.embed([*texts, ""], folder, device).bfloat16()
-    said, empty = states[:-1].unflatten(0, (-1, count)), states[-1:]
+    said, empty = states[:-1].view(-1, count, *states.shape[1:]), states[-1:]
     return Captions(states=said[:-1], neutral=said[-1], empty=empty)
 
 

@@ -13,6 +13,7 @@ import json
 import time
 import tomllib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = ["main", "run_levels"]
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 BOUNDARY = 0.9
+LOWEST = 1 / 1000
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
@@ -73,7 +75,7 @@ def main() -> None:
     save_file(weights, options.out / "few_step.safetensors")
     report = {
         "finished": finished, "step": trainee.step, "seconds": trainee.seconds, "recipe": recipe["few"],
-        "parameters": sum(w.numel() for w in weights.values()), "curve": trainee.curve,
+        "pace": asdict(trainee.pace), "parameters": sum(w.numel() for w in weights.values()), "curve": trainee.curve,
     }  # fmt: skip
     (options.out / "few.json").write_text(json.dumps(report))
     print(
@@ -82,8 +84,14 @@ def main() -> None:
 
 
 def run_levels(steps: int, shift: float) -> list[float]:
-    """The noise levels that a run of `steps` visits, the highest first; zero, its end, is left out."""
-    return [float(experts.shifted(torch.tensor(1 - k / steps), shift)) for k in range(steps)]
+    """The noise levels that a run of `steps` visits, the highest first; zero, its end, is left out.
+
+    They are those of diffusers' scheduler, which goes down to a thousandth before the shift: the second of four lies
+    just above the boundary, and a level on the other side of it would train the expert that does not serve there.
+    """
+    even = torch.linspace(1, LOWEST, steps + 1, dtype=torch.float64)[:-1]
+    levels: list[float] = experts.shifted(even, shift).tolist()
+    return levels
 
 
 def _student(folder: Path, rank: int, device: torch.device) -> WanTransformer3DModel:

@@ -74,7 +74,8 @@ def render(
 ) -> Tensor:
     """(B, 3, F, H, W) in [-1, 1]: one clip a motion, each of a scene, a view and a flip drawn by `generator`.
 
-    Raises `IndexError` where an object shall move and `scenes` holds no cut-outs.
+    Raises:
+        ValueError: an object shall move, and `scenes` holds no cut-outs.
     """
     device, batch = scenes.canvases.device, len(motions)
     rates = torch.tensor([m.values() for m in motions], device=device)
@@ -82,16 +83,19 @@ def render(
     chosen = torch.randint(len(scenes.canvases), (batch,), generator=generator, device=device)
     where = _camera(rate, width, height, num_frames)
     grid = _place(where, scenes.sizes[chosen], generator)
-    clips = _sample(scenes.canvases[chosen], grid, SIDE)
+    clips = _sample(scenes.canvases[chosen], grid, SIDE, outside="border")
     if recolour:
         clips = _recoloured(clips, generator)
     moving = ((rate["object_x"] != 0) | (rate["object_y"] != 0)).nonzero().flatten()
     if len(moving):
+        if not len(scenes.cutouts):
+            raise ValueError("an object shall move, and the scenes hold no cut-outs: load them with drawn > 0.")
         shift = torch.stack([rate["object_x"], rate["object_y"]], -1)[moving]
         clips[moving] = _with_objects(clips[moving], where[moving], scenes, shift, width, height, generator)
     frame = torch.arange(num_frames, device=device)
     exponent = torch.tensor(NIGHT, device=device).view(1, 3, 1) * (rate["light"].view(-1, 1, 1) * frame)
-    return (clips * exponent.exp()[..., None, None]).clamp(0, 1) * 2 - 1
+    lit: Tensor = clips * exponent.exp()[..., None, None]
+    return lit.clamp(0, 1) * 2 - 1
 
 
 def draw_scenes(count: int, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -158,11 +162,14 @@ def _place(where: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
     return points
 
 
-def _sample(pictures: Tensor, points: Tensor, side: int) -> Tensor:
-    """uint8 (B, C, side, side) at points (B, F, 2H, 2W, 2) in px -> (B, C, F, H, W) in [0, 1]."""
+def _sample(pictures: Tensor, points: Tensor, side: int, *, outside: str) -> Tensor:
+    """uint8 (B, C, side, side) at points (B, F, 2H, 2W, 2) in px -> (B, C, F, H, W) in [0, 1].
+
+    `outside` is grid_sample's padding, which begins half a pixel before the picture's edge.
+    """
     batch, frames, height, width, _ = points.shape
     grid = (points / side * 2 - 1).view(batch, frames * height, width, 2)
-    values = functional.grid_sample(pictures.float() / 255, grid, align_corners=False)
+    values = functional.grid_sample(pictures.float() / 255, grid, padding_mode=outside, align_corners=False)
     return functional.avg_pool3d(values.view(batch, -1, frames, height, width), (1, 2, 2))
 
 
@@ -192,7 +199,7 @@ def _with_objects(
     frame = torch.arange(where.shape[1], device=device).view(1, -1, 1)
     centre = start[:, None] + shift[:, None] * frame
     points = (where - centre[:, :, None, None]) / size.view(-1, 1, 1, 1, 1) * CUTOUT_SIDE + CUTOUT_SIDE / 2
-    objects = _sample(scenes.cutouts[chosen], points, CUTOUT_SIDE)
+    objects = _sample(scenes.cutouts[chosen], points, CUTOUT_SIDE, outside="zeros")
     opacity = objects[:, 3:]
     return clips * (1 - opacity) + objects[:, :3] * opacity
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,6 +58,8 @@ class Trainee:
     step: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Of the figures since the curve's last entry."""
 
     def __post_init__(self) -> None:
         self.masters = [p.detach().float().clone() for p in self.parameters.values()]
@@ -75,9 +76,9 @@ class Trainee:
     def progress(self) -> float:
         return min(1.0, self.seconds / self.pace.seconds)
 
-    def update(self) -> float:
+    def update(self) -> Tensor:
         """One step of the optimiser from the gradients of the model. Returns the norm of the gradient."""
-        parameters = list(self.parameters.values())
+        parameters: list[Tensor] = list(self.parameters.values())
         for master, parameter in zip(self.masters, parameters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -104,7 +105,8 @@ class Trainee:
             for key, value in self.optimizer.state.get(master, {}).items():
                 tensors[f"{key}.{name}"] = value
         partial = file.with_suffix(".partial")
-        progress = json.dumps({"step": self.step, "seconds": self.seconds, "curve": self.curve})
+        sums = {name: float(total) for name, total in self.sums.items()}
+        progress = json.dumps({"step": self.step, "seconds": self.seconds, "curve": self.curve, "sums": sums})
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"progress": progress})
         partial.replace(file)
 
@@ -115,14 +117,18 @@ class Trainee:
             progress = json.loads(opened.metadata()["progress"])
         tensors = load_file(file, device=str(self.masters[0].device))
         self.step, self.seconds, self.curve = progress["step"], progress["seconds"], progress["curve"]
+        device = self.masters[0].device
+        # states that were written before there were sums have none
+        self.sums = {name: torch.tensor(total, device=device) for name, total in progress.get("sums", {}).items()}
         for name, master, average in zip(self.parameters, self.masters, self.averages, strict=True):
             master.copy_(tensors[f"master.{name}"])
             average.copy_(tensors[f"average.{name}"])
             if f"exp_avg.{name}" in tensors:
                 self.optimizer.state[master] = {
                     "step": tensors[f"step.{name}"].cpu() if not master.is_cuda else tensors[f"step.{name}"],
-                    "exp_avg": tensors[f"exp_avg.{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+                    # a file holds no strides, and the fused optimiser wants the master's
+                    "exp_avg": torch.empty_like(master).copy_(tensors[f"exp_avg.{name}"]),
+                    "exp_avg_sq": torch.empty_like(master).copy_(tensors[f"exp_avg_sq.{name}"]),
                 }
         torch._foreach_copy_(list(self.parameters.values()), self.masters)
 
@@ -131,14 +137,13 @@ def train(trainee: Trainee, loss: Loss, state: Path, *, seconds: float, every: i
     """Go on from `state` where it exists, to the end or for `seconds`. Returns whether it is finished.
 
     Raises:
-        FloatingPointError: the loss is not finite; the state of the last stretch is untouched.
+        FloatingPointError: the loss or its gradient is not finite; the state of the last stretch is untouched.
     """
     if state.exists():
         with torch.no_grad():
             trainee.restore(state)
     began, before = time.monotonic(), trainee.seconds
     device = trainee.masters[0].device
-    sums: dict[str, Tensor] = {}
     with_grad = {p.requires_grad for p in trainee.parameters.values()}
     if with_grad != {True}:
         raise ValueError("a parameter to be trained does not require a gradient.")
@@ -148,19 +153,26 @@ def train(trainee: Trainee, loss: Loss, state: Path, *, seconds: float, every: i
         value.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             norm = trainee.update()
-            for name, figure in {"loss": value, "norm": torch.as_tensor(norm), **figures}.items():
-                sums[name] = sums.get(name, 0) + figure.detach().float()
+            for name, figure in {"loss": value, "norm": norm, **figures}.items():
+                trainee.sums[name] = trainee.sums.get(name, 0) + figure.detach().float()
         trainee.seconds = before + time.monotonic() - began
         if trainee.step % every == 0:
-            _note(trainee, {name: float(total) / every for name, total in sums.items()})
-            sums = {}
+            _check(trainee)
+            _note(trainee, {name: float(total) / every for name, total in trainee.sums.items()})
+            trainee.sums = {}
+    _check(trainee)
     trainee.save(state)
     return trainee.progress >= 1
 
 
-def _note(trainee: Trainee, figures: dict[str, Any]) -> None:
-    if not math.isfinite(figures["loss"]):
-        raise FloatingPointError(f"the loss is {figures['loss']} at step {trainee.step}: lower the learning rate.")
+def _check(trainee: Trainee) -> None:
+    """What is not finite stays so in the sums."""
+    for name in ("loss", "norm"):
+        if not math.isfinite(total := float(trainee.sums.get(name, 0))):
+            raise FloatingPointError(f"the {name} is {total} by step {trainee.step}: lower the learning rate.")
+
+
+def _note(trainee: Trainee, figures: dict[str, float]) -> None:
     entry = {"step": trainee.step, "seconds": round(trainee.seconds, 1), **{k: round(v, 6) for k, v in figures.items()}}
     trainee.curve.append(entry)
     if trainee.step % 500 == 0 or len(trainee.curve) == 1:

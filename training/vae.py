@@ -96,7 +96,8 @@ def encode(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
     """(B, 3, F, H, W) in [-1, 1] -> the posterior's mode, normalised, fp32 (B, 16, f, h, w)."""
     latents = vae.encode(clips.to(vae.dtype)).latent_dist.mode().float()
     mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1, 1) for v in _statistics(vae))
-    return (latents - mean) / std
+    normalised: Tensor = (latents - mean) / std
+    return normalised
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:

@@ -146,6 +146,8 @@ class Checkpoint:
     """Said before every run."""
     folder: Path | None = None
     """Where the weights lie; None: in the hub's cache."""
+    bundled: bool = False
+    """Whether `folder` is a part of framefit, and not the user's own."""
 
     def __getitem__(self, name: str) -> Component:
         return next(c for c in self.components if c.name == name)
