@@ -81,6 +81,8 @@ def main() -> None:
         report |= {"prepared_s": round(prepared_s, 1), "clips": count}
         (options.out / f"{stage}.json").write_text(json.dumps(report))
         print(json.dumps({k: v for k, v in report.items() if k != "curve"} | {"last": report["curve"][-1:]}))
+        if not report["finished"]:  # the next stage starts from what this one becomes
+            break
 
 
 def _stage(

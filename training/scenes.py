@@ -27,6 +27,8 @@ NIGHT = (1.08, 1.03, 0.86)
 """Exponents of the gain for red, green, blue: what darkens turns blue."""
 MOST_SHRUNK = 3.0
 """px of the scene per px of the frame"""
+MARGIN = 5
+"""Samples beyond each side of a frame, for the filter that halves it"""
 RADIANS = math.pi / 180
 
 
@@ -132,13 +134,12 @@ def _cutout(canvas: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _camera(rate: dict[str, Tensor], width: int, height: int, num_frames: int) -> Tensor:
-    """(B, F, 2H, 2W, 2): where each pixel of a frame lies in the first frame, px from its centre.
+    """(B, F, 2H + 10, 2W + 10, 2): where points of a frame lie in the first frame, px from its centre.
 
-    Twice as fine as the frame: the mean of four samples is what keeps fine texture from flickering.
+    Twice as fine as the frame, or fine texture would flicker, and with the margin that `_halved` takes off.
     """
     device = rate["zoom"].device
-    x = (torch.arange(2 * width, device=device) + 0.5) / 2 - width / 2
-    y = (torch.arange(2 * height, device=device) + 0.5) / 2 - height / 2
+    x, y = ((torch.arange(-MARGIN, 2 * side + MARGIN, device=device) + 0.5) / 2 - side / 2 for side in (width, height))
     frame = torch.arange(num_frames, device=device)
     angle, shrink = rate["roll"][:, None] * frame * RADIANS, torch.exp(-rate["zoom"][:, None] * frame)
     cos, sin = ((f(angle) * shrink)[..., None, None] for f in (torch.cos, torch.sin))
@@ -152,7 +153,7 @@ def _place(where: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
     low, high = where.amin((1, 2, 3)), where.amax((1, 2, 3))
     room = (sizes / (high - low)).amin(1)
     scale = room * 2 ** -torch.rand(room.shape, generator=generator, device=room.device)
-    # never enlarged while there is room, and never shrunk so much that four samples a pixel are too few
+    # never enlarged while there is room, and never shrunk so much that two samples a side are too few
     scale = scale.clamp(1.0, MOST_SHRUNK).minimum(room)
     free = sizes - (high - low) * scale[:, None]
     origin = torch.rand(free.shape, generator=generator, device=free.device) * free - low * scale[:, None]
@@ -163,14 +164,29 @@ def _place(where: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _sample(pictures: Tensor, points: Tensor, side: int, *, outside: str) -> Tensor:
-    """uint8 (B, C, side, side) at points (B, F, 2H, 2W, 2) in px -> (B, C, F, H, W) in [0, 1].
+    """uint8 (B, C, side, side) at points (B, F, 2H + 10, 2W + 10, 2) in px -> (B, C, F, H, W) in [0, 1].
 
+    As sharp as a photo that Pillow shrinks with Lanczos's filter, which is what a run gives to the model.
     `outside` is grid_sample's padding, which begins half a pixel before the picture's edge.
     """
     batch, frames, height, width, _ = points.shape
     grid = (points / side * 2 - 1).view(batch, frames * height, width, 2)
-    values = functional.grid_sample(pictures.float() / 255, grid, padding_mode=outside, align_corners=False)
-    return functional.avg_pool3d(values.view(batch, -1, frames, height, width), (1, 2, 2))
+    values = functional.grid_sample(
+        pictures.float() / 255, grid, mode="bicubic", padding_mode=outside, align_corners=False
+    )
+    fine = values.view(batch, -1, frames, height, width).transpose(1, 2).flatten(0, 1)
+    halved = _halved(fine)
+    return halved.view(batch, frames, *halved.shape[1:]).transpose(1, 2).clamp(0, 1)
+
+
+def _halved(pictures: Tensor) -> Tensor:
+    """(N, C, 2H + 10, 2W + 10) -> (N, C, H, W): Lanczos's filter of three lobes."""
+    channels = pictures.shape[1]
+    x = (torch.arange(2 * MARGIN + 2, device=pictures.device) - MARGIN - 0.5) / 2
+    taps = torch.sinc(x) * torch.sinc(x / 3)
+    kernel = (taps / taps.sum()).expand(channels, 1, 1, -1)
+    rows = functional.conv2d(pictures, kernel, stride=(1, 2), groups=channels)
+    return functional.conv2d(rows, kernel.transpose(2, 3), stride=(2, 1), groups=channels)
 
 
 def _recoloured(clips: Tensor, generator: torch.Generator) -> Tensor:

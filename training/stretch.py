@@ -2,9 +2,10 @@
 
 A training is as long as its recipe says in seconds, on any card: a faster one takes more steps.
 
-The model computes in its own precision (bf16 on a card); the optimiser holds fp32 masters, and beside them their
-exponential average, which is what is kept in the end. A step's randomness comes from its number, so that a training
-that was cut into stretches sees the same data as one that was not.
+The model computes in its own precision (bf16 on a card); the optimisers hold fp32 masters, and beside them their
+exponential average, which is what is kept in the end. Matrices learn by Muon (their update is made orthogonal; Jordan
+et al. 2024), which leaves AdamW far behind here in the same time (LOG), everything else by AdamW. A step's randomness
+comes from its number, so that a training that was cut into stretches sees the same data as one that was not.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 __all__ = ["Pace", "Trainee", "train"]
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What AdamW and Muon remember of a parameter."""
 
 Loss = Callable[[float, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
 """(share of the training that is done, the step's generator) -> the loss, and figures for the curve."""
@@ -42,6 +46,8 @@ class Pace:
     """Decay of the exponential average per step."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    muon: bool = True
+    """False: AdamW for matrices too."""
     seed: int = 0
 
     def rate(self, step: int, progress: float) -> float:
@@ -62,15 +68,27 @@ class Trainee:
     """Of the figures since the curve's last entry."""
 
     def __post_init__(self) -> None:
-        self.masters = [p.detach().float().clone() for p in self.parameters.values()]
+        parameters = self.parameters.values()
+        self.masters = [_matrix(p) if self._by_muon(p) else p.detach().float().clone() for p in parameters]
         self.averages = [m.clone() for m in self.masters]
+        by_muon = [m for m, p in zip(self.masters, parameters, strict=True) if self._by_muon(p)]
+        by_adam = [m for m, p in zip(self.masters, parameters, strict=True) if not self._by_muon(p)]
+        lr, decay = self.pace.lr, self.pace.weight_decay
         # a decoupled decay on matrices only: gains, biases and tables stay free
         groups = [
-            {"params": [m for m in self.masters if m.ndim > 1], "weight_decay": self.pace.weight_decay},
-            {"params": [m for m in self.masters if m.ndim <= 1], "weight_decay": 0.0},
+            {"params": [m for m in by_adam if m.ndim > 1], "weight_decay": 0.0 if self.pace.muon else decay},
+            {"params": [m for m in by_adam if m.ndim <= 1], "weight_decay": 0.0},
         ]
-        fused = self.masters[0].is_cuda
-        self.optimizer = torch.optim.AdamW(groups, lr=self.pace.lr, betas=(0.9, 0.99), fused=fused)
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if by_adam:
+            self.optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=by_adam[0].is_cuda))
+        if by_muon:
+            # with the scale of AdamW's updates, so that one learning rate serves both
+            self.optimizers.append(torch.optim.Muon(by_muon, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+
+    def _by_muon(self, parameter: nn.Parameter) -> bool:
+        """A table of three axes is no matrix."""
+        return self.pace.muon and parameter.ndim > 1 and parameter.ndim != 3
 
     @property
     def progress(self) -> float:
@@ -80,30 +98,37 @@ class Trainee:
         """One step of the optimiser from the gradients of the model. Returns the norm of the gradient."""
         parameters: list[Tensor] = list(self.parameters.values())
         for master, parameter in zip(self.masters, parameters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            master.grad = None if parameter.grad is None else parameter.grad.float().reshape(master.shape)
             parameter.grad = None
         norm = nn.utils.clip_grad_norm_(self.masters, self.pace.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.pace.rate(self.step, self.progress)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.pace.rate(self.step, self.progress)
+            optimizer.step()
         self.step += 1
         # the average of the first steps would be mostly the random start
         decay = min(self.pace.average, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.averages, self.masters, 1 - decay)
-        torch._foreach_copy_(parameters, self.masters)
+        self._show(self.masters)
         return norm
 
     def finish(self) -> None:
         """The averages become the model's parameters."""
-        torch._foreach_copy_(list(self.parameters.values()), self.averages)
+        self._show(self.averages)
+
+    def _show(self, values: list[Tensor]) -> None:
+        """Put masters or averages into the model."""
+        parameters: list[Tensor] = list(self.parameters.values())
+        torch._foreach_copy_(parameters, [v.view(p.shape) for v, p in zip(values, parameters, strict=True)])
 
     def save(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, master, average in zip(self.parameters, self.masters, self.averages, strict=True):
             tensors |= {f"master.{name}": master, f"average.{name}": average}
-            for key, value in self.optimizer.state.get(master, {}).items():
-                tensors[f"{key}.{name}"] = value
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(master, {}).items():
+                    tensors[f"{key}.{name}"] = value
         partial = file.with_suffix(".partial")
         sums = {name: float(total) for name, total in self.sums.items()}
         progress = json.dumps({"step": self.step, "seconds": self.seconds, "curve": self.curve, "sums": sums})
@@ -123,14 +148,16 @@ class Trainee:
         for name, master, average in zip(self.parameters, self.masters, self.averages, strict=True):
             master.copy_(tensors[f"master.{name}"])
             average.copy_(tensors[f"average.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                self.optimizer.state[master] = {
-                    "step": tensors[f"step.{name}"].cpu() if not master.is_cuda else tensors[f"step.{name}"],
-                    # a file holds no strides, and the fused optimiser wants the master's
-                    "exp_avg": torch.empty_like(master).copy_(tensors[f"exp_avg.{name}"]),
-                    "exp_avg_sq": torch.empty_like(master).copy_(tensors[f"exp_avg_sq.{name}"]),
-                }
-        torch._foreach_copy_(list(self.parameters.values()), self.masters)
+            kept = {key: tensors[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in tensors}
+            for optimizer in self.optimizers:
+                if kept and any(master is p for group in optimizer.param_groups for p in group["params"]):
+                    optimizer.state[master] = kept
+        self._show(self.masters)
+
+
+def _matrix(parameter: nn.Parameter) -> Tensor:
+    """An fp32 copy; a convolution's weight as (outputs, everything else)."""
+    return parameter.detach().float().contiguous().flatten(1).clone()
 
 
 def train(trainee: Trainee, loss: Loss, state: Path, *, seconds: float, every: int = 50) -> bool:

@@ -1,0 +1,129 @@
+"""What a training step costs, and what each way to make it cheaper gives: milliseconds and peak memory, in one run.
+
+    python -m training.throughput [--out training/results/throughput.json]
+
+The autoencoder with its convolutions as the class has them and flat, its norms compiled or not, at several widths; the
+denoiser compiled, eager, and with gradient checkpointing. Weights and data are random: neither changes the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from training import experts, text, vae
+from training.flat import flatten
+
+__all__ = ["main"]
+
+RECIPE = Path(__file__).with_name("recipe.toml")
+STEPS = 12
+WARMUP = 4
+PHASES = {"pictures": (128, 128, 1, 128), "short clips": (128, 128, 9, 32), "clips": (320, 208, 17, 8)}
+"""Width, height, frames, clips a batch."""
+WIDTHS = ((40, 56), (32, 64), (48, 64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure training steps.")
+    parser.add_argument("--out", type=Path, default=Path("training/results/throughput.json"))
+    parser.add_argument("--only", choices=["vae", "denoiser"])
+    options = parser.parse_args()
+    recipe = tomllib.loads(RECIPE.read_text())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[dict[str, Any]] = []
+    if options.only != "denoiser":
+        rows += _autoencoders(recipe, device)
+    if options.only != "vae":
+        rows += _denoisers(recipe, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        print("  ".join(f"{value:>12}" if isinstance(value, float) else f"{value:<28}" for value in row.values()))
+
+
+def _autoencoders(recipe: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    def flat(model: AutoencoderKLWan) -> None:
+        torch.backends.cudnn.benchmark = True
+        flatten(model)
+
+    forms: dict[str, Callable[[AutoencoderKLWan], None]] = {"3D": lambda model: None, "flat": flat, "all": vae.hasten}
+    rows = []
+    for phase, (width, height, num_frames, batch) in PHASES.items():
+        for widths in WIDTHS:
+            for form, apply in forms.items():
+                if form != "all" and widths != WIDTHS[0]:
+                    continue
+                settings = recipe["vae"] | dict(zip(("base_dim", "decoder_base_dim"), widths, strict=True))
+                model = vae.build(settings).to(device, torch.bfloat16)
+                apply(model)
+                clips = torch.rand(batch, 3, num_frames, height, width, device=device, dtype=torch.bfloat16)
+                clips = clips.to(memory_format=torch.channels_last_3d)
+
+                def step(model: AutoencoderKLWan = model, clips: torch.Tensor = clips) -> torch.Tensor:
+                    decoded = model.decode(model.encode(clips).latent_dist.mode()).sample
+                    error: torch.Tensor = (decoded - clips).square().mean()
+                    return error
+
+                rows.append(
+                    {"model": f"vae {widths[0]}/{widths[1]}", "work": phase, "form": form} | _measured(step, model)
+                )
+    return rows
+
+
+def _denoisers(recipe: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    batch = recipe["denoiser"]["batch"]
+    width, height = recipe["model"]["sizes"][0]
+    inputs = torch.randn(batch, 36, 5, height // 8, width // 8, device=device)
+    level = torch.rand(batch, device=device) * 1000
+    states = torch.randn(batch, text.MAX_TOKENS, text.WIDTH, device=device)
+    rows = []
+    for form in ("eager", "checkpointing", "compiled"):
+        torch._dynamo.reset()
+        model = experts.compute_copy(experts.build(recipe), device)
+        if form == "checkpointing":
+            model.enable_gradient_checkpointing()
+        if form == "compiled":
+            model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+        def step(model: Any = model) -> torch.Tensor:
+            predicted: torch.Tensor = model(
+                hidden_states=inputs.to(model.dtype), timestep=level,
+                encoder_hidden_states=states.to(model.dtype), return_dict=False,
+            )[0]  # fmt: skip
+            return predicted.float().square().mean()
+
+        rows.append({"model": "denoiser", "work": f"batch {batch}", "form": form} | _measured(step, model))
+    return rows
+
+
+def _measured(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> dict[str, Any]:
+    """Milliseconds of a forward and a backward pass (median), and the most memory that they hold."""
+    on_card = next(model.parameters()).is_cuda
+    times = []
+    for number in range(WARMUP + STEPS):
+        if on_card:
+            torch.cuda.synchronize()
+            if number == WARMUP:
+                torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        model.zero_grad(set_to_none=True)
+        step().backward()  # type: ignore[no-untyped-call]
+        if on_card:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_card else 0.0
+    return {"ms": round(sorted(times[WARMUP:])[STEPS // 2] * 1000, 1), "peak_gib": round(peak, 2)}
+
+
+if __name__ == "__main__":
+    main()
