@@ -170,7 +170,9 @@ SCENES = {
         a candle | a campfire | an island | a hot air balloon | a cliff | rooftops of an old town | ancient ruins |
         a cave | a barn in the snow | rice terraces | a tram | a teapot | a clock | a baby smiling at the camera |
         a wolf in the woods | a tall tree | waves crashing on the shore | a house | falling snow over the city |
-        water flowing over rocks | clouds above the hills | an apple""",
+        water flowing over rocks | clouds above the hills | an apple | a harbour at dusk | a launch pad at dusk |
+        mountains at dawn | a bridge in the evening light | a town in the morning sun | a moonlit garden |
+        a dim workshop | a stage in bright light | a sunlit room | a bay at nightfall""",
     "zh": """湖上的红色小船 | 海边的灯塔 | 一座古老的石桥 | 夜晚的城市街道 | 湖边的小屋 | 停满渔船的港口 | 雪山 |
         阳光下的沙滩 | 山上的城堡 | 桌上的一碗水果 | 窗台上的猫 | 在海滩上奔跑的狗 | 穿红裙子的女人 | 留着胡子的老人 |
         拿着气球的孩子 | 集市 | 教堂的塔楼 | 一片向日葵 | 蒸汽火车 | 一辆自行车 | 丛林里的瀑布 | 安静的村庄 |
@@ -182,17 +184,19 @@ SCENES = {
         广场上的喷泉 | 商店的橱窗 | 霓虹灯 | 车水马龙的马路 | 公交车站 | 足球场 | 舞台 | 钢琴 | 吉他 | 蜡烛 | 篝火 |
         小岛 | 热气球 | 悬崖 | 老城的屋顶 | 古代遗迹 | 山洞 | 梯田 | 电车 | 茶壶 | 对着镜头微笑的宝宝 | 树林里的狼 |
         一棵大树 | 岸边的浪花 | 城市上空飘着雪 | 流过石头的水 | 山上的云 | 江南水乡 | 长城 | 竹林 | 荷花池 |
-        一位美丽的姑娘 | 高楼大厦""",
+        一位美丽的姑娘 | 高楼大厦 | 黄昏的港口 | 傍晚的发射场 | 清晨的山 | 夜色中的大桥 | 晨光里的小镇 | 月光下的花园 |
+        昏暗的作坊 | 灯光明亮的舞台 | 阳光照进来的房间""",
 }
 DISTRACTORS = {
     "en": """a tree on the left | a house on the right | a tall building with a clock on top | a dog on the left side |
         a boat to the right of the pier | a man standing on the right | the left bank of the river |
         a lamp in the top corner | a cup at the bottom of the picture | stairs going up to the temple |
         a road leading down to the sea | a dark night | a woman looking to the left | shelves from left to right |
-        a sign pointing right | a bird up in the tree""",
+        a sign pointing right | a bird up in the tree | at dusk | at dawn | in the evening light |
+        in bright sunshine""",
     "zh": """左边的树 | 右边的房子 | 左侧有一只狗 | 右侧站着一个人 | 顶上有钟的高楼 | 河的左岸 | 右上角的灯 |
         桌子下面的猫 | 通往山上的台阶 | 看向左边的女人 | 天上的鸟 | 楼下的街道 | 左手拿着花的女孩 | 黑夜里的房子 |
-        指向右边的路牌""",
+        指向右边的路牌 | 黄昏时分 | 清晨 | 夜里 | 阳光明媚""",
 }
 STYLES = {
     "en": """cinematic | highly detailed | 4k | 8k, high quality | film grain | photorealistic | soft light |

@@ -22,9 +22,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor, nn
 from torch.nn import functional
 
+from framefit import photo
+from framefit.families.pixels import to_tensor
 from training import scenes
 from training.flat import flatten
-from training.motion import CATALOGUE, Motion
+from training.motion import CATALOGUE
 from training.stretch import Pace, Trainee, train
 
 __all__ = ["build", "encode", "hasten", "judge", "load", "main", "psnr"]
@@ -53,7 +55,8 @@ def main() -> None:
         vae = vae.float()
         _measure_latents(vae, material, recipe["model"])
         vae.half().save_pretrained(options.out / "vae")
-        figures = judge(load(options.out / "vae", device), options.heldout, device)
+        size = tuple(recipe["model"]["sizes"][0])
+        figures = judge(load(options.out / "vae", device), options.heldout, size, device)
     report = {
         "finished": finished, "step": trainee.step, "seconds": trainee.seconds,
         "parameters": sum(p.numel() for p in vae.parameters()), "recipe": recipe["vae"], "photos": len(material.sizes),
@@ -108,24 +111,25 @@ def psnr(one: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def judge(vae: AutoencoderKLWan, heldout: Path, device: torch.device) -> dict[str, Any]:
-    """PSNR on photos that training never saw: still, moving, and shrunk 4x and back (how easy they are)."""
+def judge(vae: AutoencoderKLWan, heldout: Path, size: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    """PSNR on photos that training never saw: as a run sees them, moving, and shrunk 4x and back (how easy)."""
     material = scenes.load(heldout, device, drawn=0, seed=0)
     generator = torch.Generator(device)
     figures: dict[str, list[float]] = {"still_db": [], "moving_db": [], "shrunk_db": []}
-    for number, (picture_width, picture_height) in enumerate(material.sizes.tolist()):
+    for number, file in enumerate(sorted(heldout.glob("*.jpg"))):
+        picture = photo.load(file)
+        width, height = size if picture.width >= picture.height else size[::-1]
+        still = to_tensor(photo.fit(picture, width, height, "crop")).unsqueeze(2).to(device)
         one = material.subset(torch.tensor([number], device=device))
-        size = (320, 192) if picture_width >= picture_height else (192, 320)
-        still = scenes.render(one, [Motion()], *size, 1, generator.manual_seed(number), recolour=False)
-        pan = [CATALOGUE["pan-left"]]
-        clip = scenes.render(one, pan, *size, 17, generator.manual_seed(number), recolour=False)
+        pan, seed = [CATALOGUE["pan-left"]], generator.manual_seed(number)
+        clip = scenes.render(one, pan, width, height, 17, seed, recolour=False)
         shrunk = functional.interpolate(functional.avg_pool2d(still[:, :, 0], 4), scale_factor=4, mode="bicubic")
-        for name, one_of, other in (
+        for name, made, original in (
             ("still_db", _there_and_back(vae, still), still),
             ("moving_db", _there_and_back(vae, clip), clip),
-            ("shrunk_db", shrunk.unsqueeze(2), still),
+            ("shrunk_db", shrunk.clamp(-1, 1).unsqueeze(2), still),
         ):
-            figures[name].append(round(psnr(one_of, other).item(), 2))
+            figures[name].append(round(psnr(made, original).item(), 2))
     return {name: {"mean": round(sum(v) / len(v), 2), "min": min(v), "all": v} for name, v in figures.items()}
 
 
