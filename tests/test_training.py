@@ -329,13 +329,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def small_trainee(*, channels_last: bool = False) -> tuple[nn.Module, stretch.Trainee]:
+def small_trainee(*, channels_last: bool = False, muon: bool = True) -> tuple[nn.Module, stretch.Trainee]:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 2, 1))
     randomise(model.requires_grad_(False), generator())
     model.requires_grad_(True)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    pace = stretch.Pace(seconds=10.0, lr=1e-2, warmup=8, seed=3)
+    pace = stretch.Pace(seconds=10.0, lr=1e-2, warmup=8, seed=3, muon=muon)
     return model, stretch.Trainee(parameters=dict(model.named_parameters()), pace=pace)
 
 
@@ -352,19 +352,22 @@ def loss_of(model: nn.Module, clock: Clock, broken_at: float = 2.0) -> stretch.L
 
 def everything(trainee: stretch.Trainee) -> list[Tensor]:
     found = [*trainee.parameters.values(), *trainee.masters, *trainee.averages]
-    remembered = [kept for optimizer in trainee.optimizers for kept in optimizer.state.values()]
+    remembered = [o.state[master] for master in trainee.masters for o in trainee.optimizers if master in o.state]
     assert len(remembered) == len(trainee.masters)
     found += [tensor for kept in remembered for _, tensor in sorted(kept.items())]
     return [tensor.detach() for tensor in found]
 
 
+@pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("seconds", [0.25, 1.75, 4.0])
-def test_a_training_in_stretches_is_one(tmp_path: Path, clock: Clock, seconds: float, channels_last: bool) -> None:
-    model, whole = small_trainee(channels_last=channels_last)
+def test_a_training_in_stretches_is_one(
+    tmp_path: Path, clock: Clock, seconds: float, channels_last: bool, muon: bool
+) -> None:
+    model, whole = small_trainee(channels_last=channels_last, muon=muon)
     assert stretch.train(whole, loss_of(model, clock), tmp_path / "whole", seconds=60, every=4)
     for number in range(60):
-        model, cut = small_trainee(channels_last=channels_last)
+        model, cut = small_trainee(channels_last=channels_last, muon=muon)
         clock.now = 7.0 * number
         finished = stretch.train(cut, loss_of(model, clock), tmp_path / "cut.safetensors", seconds=seconds, every=4)
         assert cut.step == min(40, (number + 1) * seconds / 0.25)
@@ -458,6 +461,20 @@ def test_only_matrices_decay_and_learn_by_muon(muon: bool) -> None:
     ]
     vectors = ("AdamW", 0.0, {1})
     assert groups == ([vectors, ("Muon", 0.01, {2})] if muon else [("AdamW", 0.01, {4}), vectors])
+
+
+def test_gains_of_the_autoencoder_do_not_decay() -> None:
+    """Its norms hold them as (dim, 1, 1, 1)."""
+    small = {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "patch_size": 2}
+    parameters = dict(vae.build(small | {"is_residual": True}).named_parameters())
+    pace = stretch.Pace(seconds=1.0, lr=1e-2)
+    trainee = stretch.Trainee(parameters=parameters, pace=pace)
+    masters = dict(zip(parameters, trainee.masters, strict=True))
+    decaying = {
+        id(p) for o in trainee.optimizers for group in o.param_groups if group["weight_decay"] for p in group["params"]
+    }
+    found = {name for name, master in masters.items() if id(master) in decaying}
+    assert found == {name for name in parameters if name.endswith("weight")}
 
 
 def test_a_table_is_no_matrix() -> None:

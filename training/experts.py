@@ -76,10 +76,13 @@ def main() -> None:
     clips, said = prepare(recipe, options.data, options.vae, options.text, device, options.stages[0], count)
     prepared_s = time.monotonic() - began
     for stage in options.stages:
+        filed = options.out / f"{stage}.json"
+        if filed.exists() and json.loads(filed.read_text())["finished"]:
+            continue
         left_s = options.seconds - (time.monotonic() - began)
         report = _stage(stage, clips, said, recipe, device, options, left_s)
         report |= {"prepared_s": round(prepared_s, 1), "clips": count}
-        (options.out / f"{stage}.json").write_text(json.dumps(report))
+        filed.write_text(json.dumps(report))
         print(json.dumps({k: v for k, v in report.items() if k != "curve"} | {"last": report["curve"][-1:]}))
         if not report["finished"]:  # the next stage starts from what this one becomes
             break

@@ -4,8 +4,8 @@ A training is as long as its recipe says in seconds, on any card: a faster one t
 
 The model computes in its own precision (bf16 on a card); the optimisers hold fp32 masters, and beside them their
 exponential average, which is what is kept in the end. Matrices learn by Muon (their update is made orthogonal; Jordan
-et al. 2024), which leaves AdamW far behind here in the same time (LOG), everything else by AdamW. A step's randomness
-comes from its number, so that a training that was cut into stretches sees the same data as one that was not.
+et al. 2024), which was ahead of AdamW in the same time at small scale (LOG), everything else by AdamW. A step's
+randomness comes from its number; phases and learning rate follow the time.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Trainee:
         lr, decay = self.pace.lr, self.pace.weight_decay
         # a decoupled decay on matrices only: gains, biases and tables stay free
         groups = [
-            {"params": [m for m in by_adam if m.ndim > 1], "weight_decay": 0.0 if self.pace.muon else decay},
-            {"params": [m for m in by_adam if m.ndim <= 1], "weight_decay": 0.0},
+            {"params": [m for m in by_adam if _wide(m)], "weight_decay": 0.0 if self.pace.muon else decay},
+            {"params": [m for m in by_adam if not _wide(m)], "weight_decay": 0.0},
         ]
         self.optimizers: list[torch.optim.Optimizer] = []
         if by_adam:
@@ -87,8 +87,8 @@ class Trainee:
             self.optimizers.append(torch.optim.Muon(by_muon, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
 
     def _by_muon(self, parameter: nn.Parameter) -> bool:
-        """A table of three axes is no matrix."""
-        return self.pace.muon and parameter.ndim > 1 and parameter.ndim != 3
+        """A table of three axes is no matrix, nor are gains that a norm holds as one column."""
+        return self.pace.muon and parameter.ndim > 1 and parameter.ndim != 3 and _wide(parameter)
 
     @property
     def progress(self) -> float:
@@ -149,10 +149,17 @@ class Trainee:
             master.copy_(tensors[f"master.{name}"])
             average.copy_(tensors[f"average.{name}"])
             kept = {key: tensors[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in tensors}
+            # a file holds no strides, and the fused optimiser wants the master's
+            kept = {k: v if k == "step" else torch.empty_like(master).copy_(v) for k, v in kept.items()}
             for optimizer in self.optimizers:
                 if kept and any(master is p for group in optimizer.param_groups for p in group["params"]):
                     optimizer.state[master] = kept
         self._show(self.masters)
+
+
+def _wide(tensor: Tensor) -> bool:
+    """Whether it has more than one column."""
+    return tensor.numel() > len(tensor)
 
 
 def _matrix(parameter: nn.Parameter) -> Tensor:

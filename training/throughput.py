@@ -21,6 +21,7 @@ from diffusers import AutoencoderKLWan
 
 from training import experts, text, vae
 from training.flat import flatten
+from training.stretch import Pace, Trainee
 
 __all__ = ["main"]
 
@@ -52,11 +53,11 @@ def main() -> None:
 
 
 def _autoencoders(recipe: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    def flat(model: AutoencoderKLWan) -> None:
-        torch.backends.cudnn.benchmark = True
-        flatten(model)
+    def as_it_is(model: AutoencoderKLWan) -> None:
+        """The class's own 3D convolutions."""
 
-    forms: dict[str, Callable[[AutoencoderKLWan], None]] = {"3D": lambda model: None, "flat": flat, "all": vae.hasten}
+    forms: dict[str, Callable[[AutoencoderKLWan], None]] = {"3D": as_it_is, "flat": flatten, "all": vae.hasten}
+    torch.backends.cudnn.benchmark = True
     rows = []
     for phase, (width, height, num_frames, batch) in PHASES.items():
         for widths in WIDTHS:
@@ -64,6 +65,7 @@ def _autoencoders(recipe: Mapping[str, Any], device: torch.device) -> list[dict[
                 if form != "all" and widths != WIDTHS[0]:
                     continue
                 settings = recipe["vae"] | dict(zip(("base_dim", "decoder_base_dim"), widths, strict=True))
+                torch._dynamo.reset()
                 model = vae.build(settings).to(device, torch.bfloat16)
                 apply(model)
                 clips = torch.rand(batch, 3, num_frames, height, width, device=device, dtype=torch.bfloat16)
@@ -107,22 +109,29 @@ def _denoisers(recipe: Mapping[str, Any], device: torch.device) -> list[dict[str
 
 
 def _measured(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> dict[str, Any]:
-    """Milliseconds of a forward and a backward pass (median), and the most memory that they hold."""
+    """Milliseconds of forward and backward, and of the optimisers after them (medians); the most memory held."""
     on_card = next(model.parameters()).is_cuda
-    times = []
+    trainee = Trainee(parameters=dict(model.named_parameters()), pace=Pace(seconds=1e9, lr=1e-6))
+    spans: dict[str, list[float]] = {"ms": [], "update_ms": []}
     for number in range(WARMUP + STEPS):
-        if on_card:
-            torch.cuda.synchronize()
-            if number == WARMUP:
-                torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        model.zero_grad(set_to_none=True)
+        if on_card and number == WARMUP:
+            torch.cuda.reset_peak_memory_stats()
+        began = _now(on_card)
         step().backward()  # type: ignore[no-untyped-call]
-        if on_card:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        middle = _now(on_card)
+        with torch.no_grad():
+            trainee.update()
+        spans["ms"].append(middle - began)
+        spans["update_ms"].append(_now(on_card) - middle)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_card else 0.0
-    return {"ms": round(sorted(times[WARMUP:])[STEPS // 2] * 1000, 1), "peak_gib": round(peak, 2)}
+    medians = {name: round(sorted(times[WARMUP:])[STEPS // 2] * 1000, 1) for name, times in spans.items()}
+    return {**medians, "peak_gib": round(peak, 2)}
+
+
+def _now(on_card: bool) -> float:
+    if on_card:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":
