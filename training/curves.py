@@ -1,6 +1,6 @@
 """How the training went: the parts' reports in one JSON, and their curves in one picture.
 
-    python -m training.curves [--data .data] [--out training/results]
+    python -m training.curves --name training_h200_20261121 [--data .data] [--out training/results]
 
 Needs matplotlib. A part that has not been trained is left out.
 """
@@ -149,7 +149,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="File and draw how the training went.")
     parser.add_argument("--data", type=Path, default=Path(".data"))
     parser.add_argument("--out", type=Path, default=Path("training/results"))
-    parser.add_argument("--name", default="training_h200_20261121", help="of both files: what, on which card, when")
+    parser.add_argument("--name", required=True, help="of both files: what, on which card, when")
     return parser.parse_args()
 
 
