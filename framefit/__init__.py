@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from framefit.errors import FramefitError
-from framefit.request import Request
+from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
     from framefit.device import Device
@@ -30,6 +30,7 @@ __all__ = [
     "CHECKPOINTS",
     "Device",
     "FramefitError",
+    "Lora",
     "Options",
     "Plan",
     "Report",

@@ -54,7 +54,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "steps": (("--steps",), {"metavar": "N", "type": int}),
     "guidance": (("--guidance",), {"metavar": "G[,G]", "type": _numbers}),
     "seed": (("--seed",), {"metavar": "N", "type": int}),
-    "loras": (("--lora",), {"metavar": "FILE", "action": "append"}),
+    "loras": (("--lora",), {"metavar": "FILE[:SCALE]", "action": "append"}),
 }
 """Field of `Request` -> its flag; its help is the field's own. Image and size are written out below."""
 
@@ -127,6 +127,9 @@ def parser() -> argparse.ArgumentParser:
     rerun.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")
     rerun.add_argument("--image", type=Path, metavar="FILE", help="the photo, where it is not found by itself")
     rerun.add_argument("--last-image", type=Path, metavar="FILE", help="the end photo, likewise")
+    rerun.add_argument(
+        "--lora", type=Path, metavar="FILE", action="append", default=[], dest="loras", help="a LoRA's file, likewise"
+    )
     rerun.add_argument("-m", "--model", metavar="MODEL", help="the model, likewise")
     rerun.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     _output_flags(rerun)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from framefit import __version__
 from framefit.errors import DoesNotFit, UsageError
-from framefit.request import Request
+from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
     from framefit.report import Report
@@ -52,7 +52,7 @@ def rerun(flags: Namespace) -> None:
 
     with Progress(flags) as progress:
         options = progress.options()
-        made = recipe(flags.file, flags.image, flags.last_image, flags.model)
+        made = recipe(flags.file, flags.image, flags.last_image, flags.model, flags.loras)
         crf = made.crf if options.crf is None else options.crf
         options = replace(options, precision=made.precision, settings=made.settings, crf=crf, weights=made.weights)
         report = generate(made.request, flags.output or _default_output(), options)
@@ -83,6 +83,7 @@ def plan(flags: Namespace) -> int:
         ("shift", "-" if request.shift is None else f"{request.shift:g}", reasons["shift"]),
         ("seed", request.seed, reasons["seed"]),
         ("precision", plan.precision, reasons["precision"]),
+        *(("lora", lora, reasons["loras"]) for lora in request.loras),
         *((f"{s.type} branches", f"{s.value} [{s.tier}]", s.because) for s in plan.settings),
         (
             "weights",
@@ -215,9 +216,8 @@ def _request(flags: Namespace) -> Request:
     )
     fields = {name: getattr(flags, name) for name in names}
     model = {} if flags.model is None else {"model": flags.model}
-    return Request(
-        image=flags.image or PHOTO, width=width, height=height, loras=tuple(flags.loras or ()), **fields, **model
-    )
+    loras = tuple(Lora.parse(text) for text in flags.loras or ())
+    return Request(image=flags.image or PHOTO, width=width, height=height, loras=loras, **fields, **model)
 
 
 def _refuse_with_resume(flags: Namespace) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from framefit import photo
 from framefit.checkpoint import State
 from framefit.errors import Cancelled, NotFinite
-from framefit.families import Checkpoint, family_of, hub
+from framefit.families import Checkpoint, family_of, hub, lora
 from framefit.families.files import check_headers
 from framefit.families.parts import Parts, Tensors, load_parts
 from framefit.ledger import Ledger
@@ -61,6 +61,7 @@ def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pi
 
     Raises:
         ModelMissing: the weights are not on this machine, or are incomplete.
+        BadInput: a LoRA that does not fit them.
     """
     ledger = ledger or Ledger(plan.device.id)
     with ledger.phase("load"):
@@ -69,6 +70,7 @@ def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pi
         parts = load_parts(
             checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id)
         )  # fmt: skip
+        lora.merge(parts, plan.request.loras)
         return Pipeline(plan, apply_all(parts, plan), ledger)
 
 

@@ -1,7 +1,7 @@
 """What a video file says of how it was made, and the way back from it to a request.
 
-Files are named by name and hash only: a path tells more of its owner than a video should. Where a photo and a local
-model folder lay is noted on this machine, by hash.
+Files are named by name and hash only: a path tells more of its owner than a video should. Where photos, LoRAs and a
+local model folder lay is noted on this machine, by hash.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import os
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,7 @@ def parameters(checkpoint: Checkpoint, plan: Plan, weights: str, crf: int) -> di
     fields = {k: v for k, v in request.to_json().items() if k != "shift"}
     for name in plan.photos:
         fields[name] = _readable(Path(fields[name]).name)
+    fields["loras"] = [lora.to_json() | {"file": _readable(lora.file.name)} for lora in request.loras]
     local = _local_folder(checkpoint)
     if local is not None:
         fields["model"] = _readable(local.name)
@@ -68,8 +70,9 @@ def parameters(checkpoint: Checkpoint, plan: Plan, weights: str, crf: int) -> di
 
 
 def remember(checkpoint: Checkpoint, plan: Plan, weights: str) -> None:
-    """Note on this machine where photos and a local model lay, by their hashes, so that `rerun` finds them again."""
+    """Note on this machine where the files of a run lay, by their hashes, so that `rerun` finds them again."""
     seen = {digest: getattr(plan.request, name) for name, digest in plan.photos.items()}
+    seen |= {lora.sha256: lora.file for lora in plan.request.loras if lora.sha256}
     if local := _local_folder(checkpoint):
         seen[weights] = local
     with contextlib.suppress(OSError):  # the video matters more than the note
@@ -78,16 +81,23 @@ def remember(checkpoint: Checkpoint, plan: Plan, weights: str) -> None:
             (_seen() / digest).write_bytes(os.fsencode(path.resolve()))
 
 
-def recipe(file: Path, image: Path | None = None, last_image: Path | None = None, model: str | None = None) -> Recipe:
+def recipe(
+    file: Path,
+    image: Path | None = None,
+    last_image: Path | None = None,
+    model: str | None = None,
+    loras: Iterable[Path] = (),
+) -> Recipe:
     """How `file` was made, from the parameters inside it.
 
     Args:
         image: the photo; None: the one that `file` names, looked for beside it, here, and where it was last seen.
         last_image: the same for the end photo.
         model: the model; None: the one that `file` names, a local folder where it was last seen.
+        loras: LoRA files in any order; those that are not among them are looked for like photos.
 
     Raises:
-        BadInput: `file` carries no complete parameters, or a photo or the model's folder is not found.
+        BadInput: `file` carries no complete parameters, or a photo, a LoRA or the model's folder is not found.
     """
     made = video.parameters(file)
     try:
@@ -95,6 +105,7 @@ def recipe(file: Path, image: Path | None = None, last_image: Path | None = None
         for name, given in (("image", image), ("last_image", last_image)):
             if fields[name] is not None:
                 fields[name] = str(_find_photo(str(fields[name]), _digest(digests[name]), given, file, name))
+        fields["loras"] = _find_loras(fields.get("loras", []), loras, file)
         fields["model"] = model or _find_model(made, file)
         return Recipe(
             request=Request.from_json(fields),
@@ -152,13 +163,40 @@ def _find_photo(name: str, digest: str, given: Path | None, file: Path, field: s
         if photo.sha256(given) != digest:
             raise BadInput(f"{given} is not the photo that {file} was made from ({name}, SHA-256 {digest[:16]}...).")
         return given
-    local = Path(name).name
-    candidates = [file.parent / local, Path(local), BUNDLED / local, *map(Path, filter(None, [_recall(digest)]))]
-    for candidate in candidates:
-        with contextlib.suppress(OSError):  # a namesake that cannot be read is not the photo
-            if candidate.is_file() and photo.sha256(candidate) == digest:
-                return candidate
+    if found := _find(name, digest, file):
+        return found
     raise BadInput(
         f"the photo that {file} was made from ({name}) is not here: give it with --{field.replace('_', '-')} "
         f"(SHA-256 {digest[:16]}...)."
     )
+
+
+def _find_loras(named: list[dict[str, Any]], given: Iterable[Path], file: Path) -> list[dict[str, Any]]:
+    """The LoRAs that `file` names, with paths."""
+    hashes = {path: photo.sha256(path) if path.is_file() else None for path in given}
+    needed = [_digest(lora["sha256"]) for lora in named]
+    for path, digest in hashes.items():
+        if digest not in needed:
+            raise BadInput(f"{path} is {'no LoRA' if digest else 'no file'} that {file} was made with: leave it out.")
+    found = []
+    for lora, digest in zip(named, needed, strict=True):
+        name = str(lora["file"])
+        place = next((p for p, held in hashes.items() if held == digest), None) or _find(name, digest, file)
+        if place is None:
+            raise BadInput(
+                f"the LoRA that {file} was made with ({name}) is not here: give it with --lora "
+                f"(SHA-256 {digest[:16]}...)."
+            )
+        found.append(lora | {"file": str(place)})
+    return found
+
+
+def _find(name: str, digest: str, file: Path) -> Path | None:
+    """The file of this hash: beside the video, here, in the package, or where it was last seen."""
+    local = Path(name).name
+    candidates = [file.parent / local, Path(local), BUNDLED / local, *map(Path, filter(None, [_recall(digest)]))]
+    for candidate in candidates:
+        with contextlib.suppress(OSError):  # a namesake that cannot be read is not the one
+            if candidate.is_file() and photo.sha256(candidate) == digest:
+                return candidate
+    return None

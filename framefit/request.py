@@ -6,13 +6,15 @@ is generated from these fields, so a field here is a flag there.
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from framefit.errors import BadInput
 
-__all__ = ["Fit", "Request", "ResolvedRequest"]
+__all__ = ["Fit", "Lora", "Request", "ResolvedRequest"]
 
 Fit = Literal["nearest", "crop", "pad"]
 
@@ -42,6 +44,61 @@ def _flag(help: str, **facts: Any) -> Any:
     return field(metadata={"help": help}, **facts)
 
 
+LORA = re.compile(r"(?P<file>.+\.safetensors)(@(?P<expert>[^@:]*))?(:(?P<scale>.*))?", re.IGNORECASE | re.DOTALL)
+"""FILE, FILE:SCALE, FILE@EXPERT or FILE@EXPERT:SCALE; the extension says where the file's name ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """Low-rank weights in a file, to be merged into the denoiser."""
+
+    file: Path
+    scale: float = 1.0
+    """Factor of the change that the file makes; 1: as it was trained."""
+    expert: Literal["high", "low"] | None = None
+    """The one of two experts that it is for, by noise; None: what the file says, or else both."""
+    sha256: str | None = None
+    """Of the file; None: whatever it holds when the plan is made."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, Path) or not isinstance(self.sha256, str | None):
+            raise BadInput(f"the LoRA {self.file!r:.80} must be the path of a file.")
+        scale: object = self.scale
+        if isinstance(scale, bool) or not isinstance(scale, float | int) or not -100 <= scale <= 100:
+            raise BadInput(f"the scale of {self.file} is {scale!r:.40}, and must be a number from -100 to 100.")
+        if self.expert not in ("high", "low", None):
+            raise BadInput(f"the expert of {self.file} is {self.expert!r:.40}, and must be high or low.")
+
+    def __str__(self) -> str:
+        expert = f"@{self.expert}" if self.expert else ""
+        return f"{self.file}{expert}" + (f":{self.scale:g}" if self.scale != 1 else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """What `--lora` takes."""
+        found = LORA.fullmatch(text)
+        if found is None:
+            raise BadInput(
+                f"--lora {text} does not name a .safetensors file, as in style.safetensors, style.safetensors:0.8 or "
+                f"style.safetensors@high:0.8 (other kinds of files are refused for safety)."
+            )
+        scale: Any = found["scale"]
+        expert: Any = found["expert"]
+        with suppress(ValueError):  # what is no number is refused below
+            scale = 1.0 if scale is None else float(scale)
+        return cls(file=Path(found["file"]), scale=scale, expert=expert)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"file": str(self.file), "scale": self.scale, "expert": self.expert, "sha256": self.sha256}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_json`; whatever it cannot be is refused."""
+        if not isinstance(data, dict) or set(data) - set(cls.__dataclass_fields__) or "file" not in data:
+            raise BadInput(f"{data!r:.80} describes no LoRA: it has a file, a scale, an expert and a sha256.")
+        return cls(**(data | {"file": Path(str(data["file"]))}))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One image-to-video job.
@@ -66,7 +123,9 @@ class Request:
     steps: int | None = _flag("denoising steps", default=None)
     guidance: tuple[float, ...] | None = _flag("guidance scale, one per expert: G or G,G", default=None)
     seed: int | None = _flag("seed of the noise (default: drawn, and reported)", default=None)
-    loras: tuple[str, ...] = _flag("LoRA weights (not available yet)", default=())
+    loras: tuple[Lora, ...] = _flag(
+        "LoRA merged into the model: FILE, FILE:SCALE, FILE@high or FILE@low; repeatable", default=()
+    )
 
     def __post_init__(self) -> None:
         for name, kind in KINDS.items():
@@ -102,8 +161,9 @@ class Request:
             raise BadInput(f"seed is {self.seed}, and must be from 0 to 2^63 - 1.")
         if self.fit is not None and self.fit not in get_args(Fit):
             raise BadInput(f"fit is '{self.fit}', and must be one of {', '.join(get_args(Fit))}.")
-        if self.loras:
-            raise BadInput("LoRA weights cannot be applied yet: leave loras empty.")
+        for lora in self.loras:
+            if not isinstance(lora, Lora):
+                raise BadInput(f"loras holds {lora!r:.80}, and must be a list of Lora, as Lora.parse gives them.")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; paths as text."""
@@ -119,9 +179,10 @@ class Request:
         for name in ("image", "last_image"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
-        for name in ("guidance", "loras"):
-            if values.get(name) is not None:
-                values[name] = tuple(values[name])
+        if values.get("guidance") is not None:
+            values["guidance"] = tuple(values["guidance"])
+        if "loras" in values:
+            values["loras"] = tuple(Lora.from_json(lora) for lora in values["loras"])
         return cls(**values)
 
 
@@ -145,6 +206,8 @@ class ResolvedRequest:
     seed: int
     shift: float | None
     """Flow shift of the scheduler; None: the checkpoint's own."""
+    loras: tuple[Lora, ...] = ()
+    """Each with its SHA-256."""
 
     @property
     def guided(self) -> bool:
@@ -165,7 +228,8 @@ class ResolvedRequest:
         """The inverse of `to_json`."""
         last = data["last_image"]
         paths = {"image": Path(data["image"]), "last_image": None if last is None else Path(last)}
-        return cls(**(data | paths | {"guidance": tuple(data["guidance"])}))
+        loras = tuple(Lora.from_json(lora) for lora in data.get("loras", ()))
+        return cls(**(data | paths | {"guidance": tuple(data["guidance"]), "loras": loras}))
 
 
 def _short(number: float) -> str:
@@ -190,4 +254,6 @@ def _is_unicode(text: str) -> bool:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [item.to_json() if isinstance(item, Lora) else item for item in value]
+    return value

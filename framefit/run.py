@@ -15,8 +15,8 @@ import torch
 from framefit import photo, recipe, video
 from framefit.checkpoint import RunFolder, State, Writer, default_root
 from framefit.device import Device
-from framefit.errors import BadCheckpoint, BadImage, Cancelled, DoesNotFit, FramefitError, UsageError
-from framefit.families import Checkpoint, find, hub
+from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, DoesNotFit, FramefitError, UsageError
+from framefit.families import Checkpoint, find, hub, lora
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger
 from framefit.pipeline import Step, load
@@ -72,6 +72,7 @@ def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
     named = {"image": request.image, "last_image": request.last_image}
     paths = {name: path for name, path in named.items() if path is not None}
     sizes = {name: photo.load(path).size for name, path in paths.items()}
+    request = replace(request, loras=lora.check(request.loras, checkpoint))
     plan = choose(
         request,
         checkpoint,
@@ -128,6 +129,7 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
         plan = replace(run.plan, device=device)
         weights = fingerprint(hub.locate(checkpoint))
         _check_output(plan, output, options)
+        _check_loras(plan)
         if restart:
             _check_photos(plan)
             run.restart(weights)
@@ -266,4 +268,13 @@ def _check_photos(plan: Plan) -> None:
         if not path.is_file() or photo.sha256(path) != digest:
             raise BadImage(
                 f"{path} is gone or is another photo than the run began with: put it back, or start a new run."
+            )
+
+
+def _check_loras(plan: Plan) -> None:
+    """Whether or not it has encoded its photos, a run goes on with the weights it began with."""
+    for wanted in plan.request.loras:
+        if not wanted.file.is_file() or photo.sha256(wanted.file) != wanted.sha256:
+            raise BadInput(
+                f"{wanted.file} is gone or is another LoRA than the run began with: put it back, or start a new run."
             )

@@ -173,7 +173,7 @@ def test_every_flag_of_the_request_reaches_the_plan(call: Call, tiny: Tiny, phot
     assert plan["request"] == {
         "image": str(photo), "last_image": str(end_photo), "prompt": "a boat drifts", "negative_prompt": "fog",
         "model": str(tiny(WAN).folder), "width": 96, "height": 64, "fit": "pad", "num_frames": 5, "fps": 11.0,
-        "steps": 2, "guidance": [2.0, 3.0], "seed": 7, "shift": 3.0,
+        "steps": 2, "guidance": [2.0, 3.0], "seed": 7, "shift": 3.0, "loras": [],
     }  # fmt: skip
     assert plan["precision"] == "bf16"
     assert plan["settings"] == [{"type": "guidance", "tier": "exact", "value": "together", "because": "asked for"}]

@@ -167,7 +167,7 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
         ({"guidance": ()}, "guidance is empty"),
         ({"seed": -1}, "seed is -1"),
         ({"fit": "stretch"}, "fit is 'stretch'"),
-        ({"loras": ("a.safetensors",)}, "LoRA weights cannot be applied yet"),
+        ({"loras": ("a.safetensors",)}, "must be a list of Lora"),
     ],
 )
 def test_a_request_refuses_what_no_model_could_take(fields: Any, says: str) -> None:

@@ -22,7 +22,22 @@ from framefit.families.pixels import to_frames, to_tensor
 from framefit.families.text import tokenize
 from framefit.request import ResolvedRequest
 
-__all__ = ["decode", "encode_image", "encode_text", "predict", "settle"]
+__all__ = ["UPSTREAM", "decode", "encode_image", "encode_text", "predict", "settle"]
+
+UPSTREAM = {
+    r"^condition_embedder\.(time|text)_embedder\.linear_1": r"\1_embedding.0",
+    r"^condition_embedder\.(time|text)_embedder\.linear_2": r"\1_embedding.2",
+    r"^condition_embedder\.time_proj": "time_projection.1",
+    r"^condition_embedder\.image_embedder\.norm1": "img_emb.proj.0",
+    r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj": "img_emb.proj.1",
+    r"^condition_embedder\.image_embedder\.ff\.net\.2": "img_emb.proj.3",
+    r"^condition_embedder\.image_embedder\.norm2": "img_emb.proj.4",
+    r"^proj_out": "head.head", r"^scale_shift_table": "head.modulation", r"\.scale_shift_table": ".modulation",
+    r"\.ffn\.net\.0\.proj": ".ffn.0", r"\.ffn\.net\.2": ".ffn.2", r"^(blocks\.\d+)\.norm2": r"\1.norm3",
+    r"\.attn1\.": ".self_attn.", r"\.attn2\.": ".cross_attn.", r"\.to_out\.0": ".o", r"\.to_([qkv])": r".\1",
+    r"\.add_([kv])_proj": r".\1_img", r"\.norm_added_k": ".norm_k_img",
+}  # fmt: skip
+"""A module in diffusers' words -> in upstream's (Wan-Video/Wan2.2, wan/modules/model.py), for LoRA files."""
 
 
 def encode_text(parts: Parts, request: ResolvedRequest, notice: Notice) -> Tensors:

@@ -55,11 +55,14 @@ def choose(
         seed=_seed(request, reasons),
         shift=None,
         guidance=_per_expert(wanted["guidance"], checkpoint),
+        loras=request.loras,
         **_frame_size(request, wanted, checkpoint, photo_size, reasons),
         **{name: wanted[name] for name in ("negative_prompt", "num_frames", "fps", "steps")},
     )
     _check_model(request, resolved, checkpoint)
     resolved = _with_shift(resolved, checkpoint, reasons)
+    if request.loras:
+        reasons["loras"] = "asked for; merged into the weights when they are loaded"
     precision = _precision(precision, device, reasons)
     return Plan(
         request=resolved,
