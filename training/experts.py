@@ -27,10 +27,12 @@ from training import captions, scenes, text, vae
 from training.motion import CATALOGUE
 from training.stretch import Pace, Trainee, train
 
-__all__ = ["Captions", "Clips", "build", "compute_copy", "condition", "load", "main", "noised", "prepare"]
+__all__ = ["BOUNDARY", "Captions", "Clips", "build", "compute_copy", "condition", "load", "main", "noised", "prepare"]
 
 RECIPE = Path(__file__).with_name("recipe.toml")
-STAGES = {"base": (0.0, 1.0), "high": (0.9, 1.0), "low": (0.0, 0.9)}
+BOUNDARY = 0.9
+"""From this noise level upwards the first expert serves, as in Wan2.2-I2V-A14B."""
+STAGES = {"base": (0.0, 1.0), "high": (BOUNDARY, 1.0), "low": (0.0, BOUNDARY)}
 """Stage -> its noise levels."""
 ENCODED_AT_ONCE = 24
 

@@ -24,13 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training import experts
-from training.experts import Captions, Clips
+from training.experts import BOUNDARY, Captions, Clips
 from training.stretch import Pace, Trainee, train
 
 __all__ = ["main", "run_levels"]
 
 RECIPE = Path(__file__).with_name("recipe.toml")
-BOUNDARY = 0.9
 LOWEST = 1 / 1000
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from diffusers import UniPCMultistepScheduler
 
+from training.experts import BOUNDARY
+
 __all__ = ["main"]
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 MOST_BYTES = 32 * 2**20
 MOST_BYTES_A_FILE = 14 * 2**20
-BOUNDARY = 0.9
-"""From this share of the timesteps upwards the first expert serves, as in Wan2.2-I2V-A14B."""
 NOISE = ("_name_or_path", "_diffusers_version", "transformers_version")
 """What depends on where and with what the training ran."""
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _clean(file: Path) -> bytes:
-    if file.name in ("tokenizer.json",):
+    if file.name == "tokenizer.json":
         return file.read_bytes()
     kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in NOISE}
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()

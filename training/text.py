@@ -9,7 +9,6 @@ that a caption asks for. It is then frozen, as UMT5 is in Wan.
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import math
 import re
@@ -19,16 +18,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import ftfy
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
+from framefit.families.wan import clean
 from training.captions import NEUTRAL, PLAIN, Language, caption
 from training.motion import CATALOGUE, FIELDS, LIGHT, OBJECT_PX, PAN_PX, ROLL_DEGREES, ZOOM, find
 
-__all__ = ["accuracy", "clean", "embed", "make_encoder", "make_tokenizer"]
+__all__ = ["accuracy", "embed", "make_encoder", "make_tokenizer"]
 
 HUGGING: Any = transformers
 """Its types name its classes only in part."""
@@ -60,11 +59,6 @@ _SYLLABLES = re.findall(
 
 Drawn = tuple[str, str]
 """A caption and the name of its motion."""
-
-
-def clean(prompt: str) -> str:
-    """As the run cleans a prompt for UMT5: mojibake mended, entities resolved, spaces folded."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 def target(name: str) -> list[float]:

@@ -98,8 +98,11 @@ def load(folder: Path, device: torch.device) -> AutoencoderKLWan:
 
 def encode(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
     """(B, 3, F, H, W) in [-1, 1] -> the posterior's mode, normalised, fp32 (B, 16, f, h, w)."""
+    config = vae.config
     latents = vae.encode(clips.to(vae.dtype)).latent_dist.mode().float()
-    mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1, 1) for v in _statistics(vae))
+    mean, std = (
+        torch.tensor(v, device=latents.device).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
+    )
     normalised: Tensor = (latents - mean) / std
     return normalised
 
@@ -189,10 +192,6 @@ def _measure_latents(vae: AutoencoderKLWan, material: scenes.Scenes, model: Mapp
     ]
     values = torch.cat(latents, dim=1)
     vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
-
-
-def _statistics(vae: AutoencoderKLWan) -> tuple[list[float], list[float]]:
-    return vae.config.latents_mean, vae.config.latents_std
 
 
 def hasten(vae: AutoencoderKLWan) -> None:

@@ -22,7 +22,7 @@ from framefit.families.pixels import to_frames, to_tensor
 from framefit.families.text import tokenize
 from framefit.request import ResolvedRequest
 
-__all__ = ["UPSTREAM", "decode", "encode_image", "encode_text", "predict", "settle"]
+__all__ = ["UPSTREAM", "clean", "decode", "encode_image", "encode_text", "predict", "settle"]
 
 UPSTREAM = {
     r"^condition_embedder\.(time|text)_embedder\.linear_1": r"\1_embedding.0",
@@ -38,6 +38,11 @@ UPSTREAM = {
     r"\.add_([kv])_proj": r".\1_img", r"\.norm_added_k": ".norm_k_img",
 }  # fmt: skip
 """A module in diffusers' words -> in upstream's (Wan-Video/Wan2.2, wan/modules/model.py), for LoRA files."""
+
+
+def clean(prompt: str) -> str:
+    """As in Wan's training: mojibake mended, entities resolved, spaces folded."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 def encode_text(parts: Parts, request: ResolvedRequest, notice: Notice) -> Tensors:
@@ -111,9 +116,8 @@ def decode(parts: Parts, latents: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _umt5(parts: Parts, prompt: str, notice: Notice) -> torch.Tensor:
-    """(1, 512, D). The prompt is cleaned as in Wan's training: mojibake mended, entities resolved, spaces folded."""
-    prompt = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
-    tokens = tokenize(parts["tokenizer"], prompt, parts.checkpoint.max_tokens, notice)
+    """(1, 512, D)"""
+    tokens = tokenize(parts["tokenizer"], clean(prompt), parts.checkpoint.max_tokens, notice)
     ids, mask = tokens["input_ids"].to(parts.device), tokens["attention_mask"].to(parts.device)
     states: torch.Tensor = parts["text_encoder"](ids, mask).last_hidden_state
     length = int(mask.sum())
