@@ -728,7 +728,7 @@ def test_the_reports_become_one_that_can_be_read(tmp_path: Path, monkeypatch: py
     curve = [{"step": 50 * n, "seconds": 2.0 * n, "loss": 1 / n, "db": n / 10} for n in range(1, 302)]
     common = {"seconds": 12.345, "parameters": 10**6}
     for part, report in {
-        "vae": {**common, "step": 15050, "recipe": {"pace": {"seed": 1}}, "curve": curve},
+        "pictures": {**common, "step": 15050, "recipe": {"pace": {"seed": 1}}, "curve": curve},
         "text": {**common, "seed": 1, "wrong_drawn_en": [{"text": "x"}], "curve": [[100, 0.5], [200, 0.25]]},
         "base": {**common, "step": 50, "curve": [{"step": 50, "seconds": 1.0, "loss": 2.0, "noisiest": 1.0}]},
     }.items():
@@ -740,11 +740,11 @@ def test_the_reports_become_one_that_can_be_read(tmp_path: Path, monkeypatch: py
     curves.main()
     written = (out / "it.json").read_text()
     found = json.loads(written)
-    assert list(found) == ["text", "vae", "base"]
+    assert list(found) == ["text", "pictures", "base"]
     assert found["text"]["curve"] == {"step": [100, 200], "loss": [0.5, 0.25]}
     assert (found["text"]["step"], found["text"]["seconds"]) == (200, 12.3)
     assert "wrong_drawn_en" not in found["text"]
-    thin = found["vae"]["curve"]
+    thin = found["pictures"]["curve"]
     assert {len(values) for values in thin.values()} == {101}
     assert thin["loss"][0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3, abs=1e-6)
     assert (thin["step"][-1], thin["seconds"][-1], thin["db"][-1]) == (15050, 602.0, 30.1)

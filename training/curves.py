@@ -28,7 +28,9 @@ Curve = dict[str, list[float]]
 
 PARTS = {
     "text": ("text/text.json", "Text encoder"),
-    "vae": ("vae/vae.json", "Video autoencoder"),
+    "pictures": ("vae/pictures.json", "Autoencoder, pictures"),
+    "clips": ("vae/clips.json", "Autoencoder, clips"),
+    "together": ("vae/together.json", "Autoencoder, both"),
     "base": ("experts/base.json", "All noise levels"),
     "high": ("experts/high.json", "High noise"),
     "low": ("experts/low.json", "Low noise"),

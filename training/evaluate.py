@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shlex
@@ -20,10 +21,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from random import Random
 from statistics import fmean, median
@@ -174,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", type=_sections, default=SECTIONS, help=f"sections (default: {','.join(SECTIONS)})")
     parser.add_argument("--limit", type=int, help="use the first N photos")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--processes", type=int, default=1, help="that make videos side by side (default: 1)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--motions", type=_names, default=BASIC, help="the basic motions (default: the nine)")
@@ -205,7 +208,7 @@ def _evaluated(flags: argparse.Namespace, photos: Sequence[Path]) -> Json:
     model = Model(flags, photos[0])
     if "vae" in flags.only:
         result["vae"] = _vae(model, photos)
-    shots = list(_shots(model, _jobs(photos, flags), flags.strips))
+    shots = _all_shots(model, _jobs(photos, flags), flags)
     asked = [shot for shot in shots if shot.job.group != "neutral"]
     neutral = [shot for shot in shots if shot.job.group == "neutral"]
     if shots:
@@ -264,6 +267,27 @@ def _of_camera(motion: Motion) -> bool:
 def _job(path: Path, group: Group, asked: str, language: str, prompt: str) -> Job:
     seed = Random(f"{path.stem} {asked} {prompt}").getrandbits(32)
     return Job(photo=path, group=group, asked=asked, language=language, prompt=prompt, seed=seed)
+
+
+def _all_shots(model: Model, jobs: Sequence[Job], flags: argparse.Namespace) -> list[Shot]:
+    """Of every job, photo by photo. Several processes share the photos out, each with a model of its own."""
+    if flags.processes == 1 or not jobs:
+        return list(_shots(model, jobs, flags.strips))
+    photos = list(dict.fromkeys(job.photo for job in jobs))
+    count = min(flags.processes, len(photos))
+    shares = [[job for job in jobs if photos.index(job.photo) % count == number] for number in range(count)]
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        shots = chain.from_iterable(pool.map(_share_of_shots, shares, repeat(flags), range(count)))
+        return sorted(shots, key=lambda shot: shot.job.photo)
+
+
+def _share_of_shots(jobs: Sequence[Job], flags: argparse.Namespace, number: int) -> list[Shot]:
+    cards = torch.cuda.device_count()
+    if cards and flags.device in ("auto", "cuda"):
+        flags.device = f"cuda:{number % cards}"
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // flags.processes))
+    cv2.setNumThreads(1)
+    return list(_shots(Model(flags, jobs[0].photo), jobs, flags.strips))
 
 
 def _shots(model: Model, jobs: Sequence[Job], strips: Path | None) -> Iterator[Shot]:

@@ -214,8 +214,8 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     settings, device = recipe["denoiser"], said.neutral.device
     batch = batch or settings["batch"]
-    shares = torch.tensor(recipe["model"]["shares"], device=device)
-    group = clips[int(torch.multinomial(shares, 1, generator=generator))]
+    # drawn on the host: to ask the device would wait for it
+    (group,) = random.Random(generator.initial_seed()).choices(clips, weights=recipe["model"]["shares"])
     chosen = torch.randint(len(group.motions), (batch,), generator=generator, device=device)
     latents = group.latents[chosen].float()
     level = _levels(batch, *STAGES[stage], recipe["denoiser"]["shift"], generator)

@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -109,12 +110,13 @@ def _loss(
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     settings, device = recipe["few"], said.neutral.device
-    group = clips[int(torch.randint(len(clips), (1,), generator=generator, device=device))]
+    chance = Random(generator.initial_seed())  # on the host: to ask the device would wait for it
+    group = chance.choice(clips)
     chosen = torch.randint(len(group.motions), (settings["batch"],), generator=generator, device=device)
     latents, photos = group.latents[chosen].float(), group.photos[chosen].float()
     states = said.draw(group.motions[chosen], 0.0, generator)
     levels = run_levels(settings["levels"], recipe["denoiser"]["shift"])
-    level = levels[int(torch.randint(len(levels), (1,), generator=generator, device=device))]
+    level = chance.choice(levels)
     noise = torch.randn(latents.shape, generator=generator, device=device)
     start = experts.noised(latents, torch.full((len(latents),), level, device=device), noise)
     below = [at for at in run_levels(settings["teacher_steps"], recipe["denoiser"]["shift"]) if at < level - 1e-3]

@@ -2,13 +2,14 @@
 
     python -m training.throughput [--out training/results/throughput.json]
 
-The autoencoder with its convolutions as the class has them and flat, its norms compiled or not, at several widths; the
-denoiser compiled, eager, and with gradient checkpointing. Weights and data are random: neither changes the time.
+The autoencoder with its convolutions as the class has them and flat, its norms compiled or not, and others of its size;
+the denoiser compiled, eager, and with gradient checkpointing. Weights and data are random: neither changes the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 import tomllib
@@ -28,9 +29,12 @@ __all__ = ["main"]
 RECIPE = Path(__file__).with_name("recipe.toml")
 STEPS = 12
 WARMUP = 4
-PHASES = {"pictures": (128, 128, 1, 128), "short clips": (128, 128, 9, 32), "clips": (320, 208, 17, 8)}
-"""Width, height, frames, clips a batch."""
-WIDTHS = ((40, 56), (32, 64), (48, 64))
+SHAPES: tuple[dict[str, Any], ...] = (
+    {},
+    {"base_dim": 40, "decoder_base_dim": 56, "dim_mult": [1, 2, 2]},
+    {"base_dim": 40, "decoder_base_dim": 48, "dim_mult": [1, 2, 2], "num_res_blocks": 2},
+)
+"""Autoencoders of about as many bytes, as changes to the recipe's."""
 
 
 def main() -> None:
@@ -59,26 +63,28 @@ def _autoencoders(recipe: Mapping[str, Any], device: torch.device) -> list[dict[
     forms: dict[str, Callable[[AutoencoderKLWan], None]] = {"3D": as_it_is, "flat": flatten, "all": vae.hasten}
     torch.backends.cudnn.benchmark = True
     rows = []
-    for phase, (width, height, num_frames, batch) in PHASES.items():
-        for widths in WIDTHS:
-            for form, apply in forms.items():
-                if form != "all" and widths != WIDTHS[0]:
-                    continue
-                settings = recipe["vae"] | dict(zip(("base_dim", "decoder_base_dim"), widths, strict=True))
-                torch._dynamo.reset()
-                model = vae.build(settings).to(device, torch.bfloat16)
-                apply(model)
-                clips = torch.rand(batch, 3, num_frames, height, width, device=device, dtype=torch.bfloat16)
-                clips = clips.to(memory_format=torch.channels_last_3d)
+    for _, width, height, num_frames, batch in [
+        *recipe["vae"]["pictures"]["phases"],
+        *recipe["vae"]["clips"]["phases"],
+    ]:
+        for shape, (form, apply) in itertools.product(SHAPES, forms.items()):
+            if shape and form != "all":
+                continue
+            torch._dynamo.reset()
+            settings = recipe["vae"] | shape
+            model = vae.build(settings).to(device, torch.bfloat16)
+            apply(model)
+            clips = torch.rand(batch, 3, num_frames, height, width, device=device, dtype=torch.bfloat16)
+            clips = clips.to(memory_format=torch.channels_last_3d)
 
-                def step(model: AutoencoderKLWan = model, clips: torch.Tensor = clips) -> torch.Tensor:
-                    decoded = model.decode(model.encode(clips).latent_dist.mode()).sample
-                    error: torch.Tensor = (decoded - clips).square().mean()
-                    return error
+            def step(model: AutoencoderKLWan = model, clips: torch.Tensor = clips) -> torch.Tensor:
+                decoded = model.decode(model.encode(clips).latent_dist.mode()).sample
+                error: torch.Tensor = (decoded - clips).square().mean()
+                return error
 
-                rows.append(
-                    {"model": f"vae {widths[0]}/{widths[1]}", "work": phase, "form": form} | _measured(step, model)
-                )
+            name = "vae {base_dim}/{decoder_base_dim} {dim_mult} {num_res_blocks}".format(**settings)
+            work = f"{batch} of {width}x{height}x{num_frames}"
+            rows.append({"model": name, "work": work, "form": form} | _measured(step, model))
     return rows
 
 

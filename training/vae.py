@@ -1,6 +1,10 @@
-"""The video autoencoder: pictures first, then short clips, then clips of the size and length that the model makes.
+"""The video autoencoder: pictures first, then clips, short ones before those that the model makes, then both in turn.
 
-    python -m training.vae --data .data/photos --out .data/vae [--seconds 540]
+    python -m training.vae pictures [--seconds 540]
+    python -m training.vae clips
+    python -m training.vae together
+
+A picture is a clip of one frame: a third of the work of a frame among others, and most of what is to be learnt.
 
 Wan's own class with its stride of 4x8x8 and 16 channels. Pixels are folded 2x2 before the first convolution (as in
 Wan2.2's autoencoder), so that no convolution runs at full resolution: that is where a small one spends its time.
@@ -14,11 +18,12 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,6 +37,9 @@ from training.stretch import Pace, Trainee, train
 __all__ = ["build", "encode", "hasten", "judge", "load", "main", "psnr"]
 
 RECIPE = Path(__file__).with_name("recipe.toml")
+STAGES = ("pictures", "clips", "together")
+KL = 1e-4
+"""Weight of the mean KL divergence per latent value."""
 
 
 def main() -> None:
@@ -39,17 +47,23 @@ def main() -> None:
     recipe = tomllib.loads(RECIPE.read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     material = scenes.load(options.data, device, drawn=recipe["data"]["drawn"], seed=recipe["data"]["seed"])
-    torch.manual_seed(recipe["vae"]["pace"]["seed"])
-    vae = build(recipe["vae"]).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    settings = recipe["vae"][options.stage]
+    pace = Pace(**settings["pace"])
+    torch.manual_seed(pace.seed)
+    vae = build(recipe["vae"]) if options.stage == "pictures" else load(options.out / "vae", torch.device("cpu"))
+    vae = vae.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if device.type == "cuda":
         hasten(vae)
-    trainee = Trainee(parameters=dict(vae.named_parameters()), pace=Pace(**recipe["vae"]["pace"]))
-    finished = train(
-        trainee,
-        lambda progress, generator: _loss(vae, material, recipe["vae"], progress, generator),
-        options.out / "state.safetensors",
-        seconds=options.seconds,
-    )
+    trainee = Trainee(parameters=dict(vae.named_parameters()), pace=pace)
+
+    def loss(progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        # on the host: to ask the device would wait for it
+        chance = Random(generator.initial_seed())
+        place = chance.random() if settings["by_lot"] else progress
+        clips = _drawn(material, _phase(settings["phases"], place), chance, generator)
+        return _loss(vae, clips.to(vae.dtype), generator)
+
+    finished = train(trainee, loss, options.out / f"{options.stage}.safetensors", seconds=options.seconds)
     with torch.no_grad():
         trainee.finish()
         vae = vae.float()
@@ -58,16 +72,19 @@ def main() -> None:
         size = tuple(recipe["model"]["sizes"][0])
         figures = judge(load(options.out / "vae", device), options.heldout, size, device)
     report = {
-        "finished": finished, "step": trainee.step, "seconds": trainee.seconds,
+        "stage": options.stage, "finished": finished, "step": trainee.step, "seconds": trainee.seconds,
         "parameters": sum(p.numel() for p in vae.parameters()), "recipe": recipe["vae"], "photos": len(material.sizes),
         "heldout": figures, "curve": trainee.curve,
     }  # fmt: skip
-    (options.out / "vae.json").write_text(json.dumps(report))
+    (options.out / f"{options.stage}.json").write_text(json.dumps(report))
     print(json.dumps({k: v for k, v in report.items() if k != "curve"} | {"last": trainee.curve[-1:]}))
 
 
 def build(recipe: Mapping[str, Any]) -> AutoencoderKLWan:
-    """A fresh autoencoder whose time convolutions begin as what they are in a still: a mean, and a repetition."""
+    """A fresh autoencoder that begins as one of pictures: earlier frames count for nothing yet.
+
+    What joins frames begins as a mean, and what parts them as a repetition.
+    """
     folded = 3 * recipe["patch_size"] ** 2
     names = ("base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks", "patch_size", "is_residual")
     vae = AutoencoderKLWan(
@@ -78,6 +95,9 @@ def build(recipe: Mapping[str, Any]) -> AutoencoderKLWan:
     )
     with torch.no_grad():
         for module in vae.modules():
+            if isinstance(module, WanCausalConv3d) and module.kernel_size == (3, 3, 3):
+                module.weight[:, :, :-1] = 0
+                module.weight[:, :, -1] *= 3**0.5
             mode = getattr(module, "mode", None)
             if mode not in ("downsample3d", "upsample3d"):
                 continue
@@ -136,37 +156,35 @@ def judge(vae: AutoencoderKLWan, heldout: Path, size: tuple[int, int], device: t
     return {name: {"mean": round(sum(v) / len(v), 2), "min": min(v), "all": v} for name, v in figures.items()}
 
 
-def _loss(
-    vae: AutoencoderKLWan,
-    material: scenes.Scenes,
-    recipe: Mapping[str, Any],
-    progress: float,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    device = material.canvases.device
-    width, height, num_frames, batch = _phase(recipe["phases"], progress)
-    if torch.rand(1, generator=generator, device=device) < 1 / 3:
-        width, height = height, width
-    names = list(CATALOGUE)
-    drawn = torch.randint(len(names), (batch,), generator=generator, device=device).tolist()
-    with torch.no_grad():
-        clips = scenes.render(material, [CATALOGUE[names[i]] for i in drawn], width, height, num_frames, generator)
-    clips = clips.to(vae.dtype).to(memory_format=torch.channels_last_3d)
+def _loss(vae: AutoencoderKLWan, clips: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     posterior = vae.encode(clips).latent_dist
     mean, deviation = posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
-    latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=device)
-    decoded = vae.decode(latents.to(vae.dtype)).sample.float()
-    error = decoded - clips.float()
+    latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=mean.device)
     divergence = 0.5 * (mean.square() + deviation.square() - 1 - posterior.logvar.float()).mean()
+    decoded = vae.decode(latents.to(vae.dtype)).sample
+    error = (decoded.float() - clips.float()).square().flatten(1).mean(1)
     # the root, per clip: PSNR is a mean of logarithms, and the square alone would see only the hardest clips
-    value = (error.square().flatten(1).mean(1) + 1e-6).sqrt().mean() + recipe["kl"] * divergence
+    value = (error + 1e-6).sqrt().mean() + KL * divergence
     return value, {"db": psnr(decoded, clips).mean(), "kl": divergence}
 
 
-def _phase(phases: list[list[float]], progress: float) -> tuple[int, int, int, int]:
-    """Width, height, frames and batch of the phase that holds `progress`."""
+@torch.no_grad()
+def _drawn(
+    material: scenes.Scenes, phase: tuple[int, int, int, int], chance: Random, generator: torch.Generator
+) -> Tensor:
+    """The clips of a step, upright every third time."""
+    width, height, num_frames, batch = phase
+    if chance.random() < 1 / 3:
+        width, height = height, width
+    motions = [CATALOGUE[name] for name in chance.choices(list(CATALOGUE), k=batch)]
+    clips = scenes.render(material, motions, width, height, num_frames, generator)
+    return clips.to(memory_format=torch.channels_last_3d)
+
+
+def _phase(phases: list[list[float]], place: float) -> tuple[int, int, int, int]:
+    """Width, height, frames and batch of the phase that holds `place` in [0, 1]."""
     ends = itertools.accumulate(share for share, *_ in phases)
-    now = next((phase for phase, end in zip(phases, ends, strict=True) if progress < end), phases[-1])
+    now = next((phase for phase, end in zip(phases, ends, strict=True) if place < end), phases[-1])
     width, height, num_frames, batch = (int(n) for n in now[1:])
     return width, height, num_frames, batch
 
@@ -208,6 +226,7 @@ def hasten(vae: AutoencoderKLWan) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the video autoencoder.")
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, default=Path(".data/photos"))
     parser.add_argument("--heldout", type=Path, default=Path("training/heldout"))
     parser.add_argument("--out", type=Path, default=Path(".data/vae"))
