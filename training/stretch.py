@@ -143,8 +143,7 @@ class Trainee:
         tensors = load_file(file, device=str(self.masters[0].device))
         self.step, self.seconds, self.curve = progress["step"], progress["seconds"], progress["curve"]
         device = self.masters[0].device
-        # states that were written before there were sums have none
-        self.sums = {name: torch.tensor(total, device=device) for name, total in progress.get("sums", {}).items()}
+        self.sums = {name: torch.tensor(total, device=device) for name, total in progress["sums"].items()}
         for name, master, average in zip(self.parameters, self.masters, self.averages, strict=True):
             master.copy_(tensors[f"master.{name}"])
             average.copy_(tensors[f"average.{name}"])
