@@ -43,6 +43,12 @@ def _setting(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
+    return int(text)
+
+
 FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "prompt": (("-p", "--prompt"), {"metavar": "TEXT"}),
     "model": (("-m", "--model"), {"metavar": "MODEL"}),
@@ -104,6 +110,19 @@ def parser() -> argparse.ArgumentParser:
     plan = _command(names, "plan", commands.plan, "show what a run would do, and why, without loading the model")
     _request_flags(plan)
     _option_flags(plan)
+
+    profile = _command(names, "profile", commands.profile, "show where a run's time and memory go, phase by phase")
+    _request_flags(profile)
+    _option_flags(profile)
+    profile.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER",
+        help="folder for the trace, the pictures and the figures (default: outputs/profile_<time>)",
+    )  # fmt: skip
+    profile.add_argument("--overwrite", action="store_true", help="write into FOLDER although it is not empty")
+    profile.add_argument(
+        "--profile-steps", type=_count, default=2, metavar="N", help="steps to watch of each expert (default 2)"
+    )
+    profile.add_argument("--fresh-ceilings", action="store_true", help="measure what the device does at best again")
 
     models = _command(names, "models", None, "list, fetch and check models").add_subparsers(
         required=True, metavar="COMMAND"
@@ -192,4 +211,7 @@ def _output_flags(command: argparse.ArgumentParser) -> None:
         help="seconds between checkpoints (default: each step)",
     )
     command.add_argument("--no-checkpoint", action="store_true", help="keep none: a crash loses the run")
+    command.add_argument(
+        "--log-every", type=int, default=10, metavar="N", help="steps between two lines of time and memory (default 10)"
+    )
     command.add_argument("--preview", type=Path, metavar="FILE", help="PNG that shows the middle frame after each step")

@@ -25,7 +25,7 @@ RANKS = (
     {"passes", "testing"},
     {"planning"},
     {"pipeline"},
-    {"run", "recipe"},
+    {"run", "recipe", "profiling"},
     {"cli", "commands", "progress", "__main__"},
 )
 """Room -> rank by position. A room imports rooms of a lower rank, and inside itself."""
@@ -34,7 +34,7 @@ WITHIN = {
     # the nouns are one room: a plan holds a request and a device, and all of them raise errors
     **dict.fromkeys(RANKS[0], "nouns"),
     # a run writes the recipe that a rerun reads
-    **dict.fromkeys(RANKS[5], "run"),
+    **dict.fromkeys(("run", "recipe"), "run"),
     # the command line is one room in three files
     **dict.fromkeys(RANKS[6], "cli"),
 }
