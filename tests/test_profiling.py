@@ -57,8 +57,8 @@ FLAT = Ceilings(
         ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<flash::CollectiveMainloopFwdSm90<2>>>", "attention"),
         ("triton_tem_fused_flex_attention_0", "attention"),
         ("qk_int8_sv_f16_accum_f32_attn_inst_buf_kernel", "attention"),
-        ("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x32_stage3", "convolution"),
-        ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_128x128_32x5>", "convolution"),
+        ("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x32", "convolution"),
+        ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_128x128>", "convolution"),
         ("void cudnn::winograd_nonfused::winogradForwardFilter4x4<float, float>", "convolution"),
         ("void implicit_convolve_sgemm<float, float, 1024, 5, 5, 3, 3, 3, 1>(int, int, int)", "convolution"),
         ("void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float>", "convolution"),
@@ -308,7 +308,7 @@ def test_the_flame_graph_adds_up() -> None:
     assert list(top.children) == ["decode", "between phases"]
     assert top.children["decode"].children["vae & co"].children["up_blocks.* Block"].seconds == 3.0
     root = ElementTree.fromstring(flame.svg(top, "a < b"))
-    boxes = [element for element in root.iter("{http://www.w3.org/2000/svg}g")]
+    boxes = list(root.iter("{http://www.w3.org/2000/svg}g"))
     widths = {box[0].text.splitlines()[0]: float(box[1].attrib["width"]) for box in boxes}  # type: ignore[union-attr]
     assert float(boxes[0].attrib["data-seconds"]) == 8.5
     assert widths["all phases"] == pytest.approx(widths["decode"] + widths["between phases"], abs=0.02)
