@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from framefit import __version__
-from framefit.errors import DoesNotFit, UsageError
+from framefit.errors import DoesNotFit, FramefitError, UsageError
 from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
@@ -97,12 +97,13 @@ def plan(flags: Namespace) -> int:
 def profile(flags: Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer tells stderr when it starts and stops
     from framefit.families import hub
+    from framefit.ledger import Ledger
     from framefit.pipeline import load
     from framefit.profiling import measure, profile
     from framefit.profiling.profile import check_folder
     from framefit.profiling.table import rows, summary
     from framefit.progress import quiet_libraries
-    from framefit.run import check_fits
+    from framefit.run import check_fits, translated
 
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint, plan = _prepared(flags)
@@ -113,7 +114,13 @@ def profile(flags: Namespace) -> None:
     print("what this device does at best ...", file=sys.stderr)
     ceilings = measure(plan.device.id, fresh=flags.fresh_ceilings)
     print("load, then every phase four times ...", file=sys.stderr)
-    result = profile(load(plan, checkpoint), folder, ceilings, steps=flags.profile_steps)
+    ledger = Ledger(plan.device.id)
+    try:
+        result = profile(load(plan, checkpoint, ledger), folder, ceilings, steps=flags.profile_steps)
+    except FramefitError:
+        raise
+    except Exception as error:
+        raise translated(error, plan, ledger) from error
     text = [_table(rows(result)), "", *summary(result)]
     _finish(result.to_json(), flags, "\n".join(text))
 

@@ -25,7 +25,7 @@ from framefit.planning import choose
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
-__all__ = ["Options", "check_fits", "generate", "prepare", "resume"]
+__all__ = ["Options", "check_fits", "generate", "prepare", "resume", "translated"]
 
 
 DEFAULT_CRF = 18
@@ -191,7 +191,7 @@ def _execute(
     except KeyboardInterrupt:
         raise _resumable(Cancelled("stopped at once."), run) from None
     except Exception as error:
-        raise _resumable(_translated(error, plan, ledger), run) from error
+        raise _resumable(translated(error, plan, ledger), run) from error
     if run:
         run.discard()
     return Report(
@@ -264,7 +264,7 @@ def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:
     return error
 
 
-def _translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
+def translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
     """What a library raised, as one of ours."""
     request, phase = plan.request, ledger.last or "load"
     # torch raises a plain RuntimeError where the CPU's allocator fails

@@ -29,7 +29,7 @@ def summary(profile: Profile) -> Iterator[str]:
     watching = sum(p.times * (p.breakdown.wall_s - p.breakdown.plain_s) for p in profile.phases)
     yield f"device    {plan.device.name}, {plan.precision}, torch {profile.torch}"
     yield f"a run     {profile.run_s:.1f} s, loading {profile.load_s:.1f} s; watching it adds {watching:.1f} s"
-    rates = {kind: rates[plan.precision] for kind, rates in ceilings.tflops.items()}
+    rates = {kind: rates[plan.precision] for kind, rates in ceilings.tflops.items() if plan.precision in rates}
     told = ", ".join(f"{kind} {rate:.3g} TFLOP/s" for kind, rate in rates.items())
     yield f"ceilings  {told}, memory {ceilings.memory_gb_per_s:.3g} GB/s: measured, {plan.precision}"
     yield f"memory    {_memory(profile)}"
