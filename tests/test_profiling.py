@@ -153,11 +153,11 @@ def test_a_call_of_known_composition_comes_apart_as_it_was_made() -> None:
     mixture()
     found = breakdown(mixture, "cpu", ceilings=FLAT)
     kinds, took = found.kinds, mixture.took[2]  # warm, plain, profiled, counted
-    assert kinds["matmul"].seconds == pytest.approx(took["matmul"], rel=0.1)
-    assert kinds["elementwise"].seconds == pytest.approx(took["elementwise"], rel=0.1)
+    assert kinds["matmul"].seconds == pytest.approx(took["matmul"], rel=0.3)
+    assert kinds["elementwise"].seconds == pytest.approx(took["elementwise"], rel=0.3)
     assert 0.05 <= found.idle_s == pytest.approx(found.wall_s - sum(cost.seconds for cost in kinds.values()), rel=0.01)
-    assert found.wall_s == pytest.approx(sum(took.values()), rel=0.1)
-    assert found.plain_s == pytest.approx(sum(mixture.took[1].values()), rel=0.1)
+    assert found.wall_s == pytest.approx(sum(took.values()), rel=0.2)
+    assert found.plain_s == pytest.approx(sum(mixture.took[1].values()), rel=0.2)
     assert kinds["matmul"].flops == 40 * 2 * 256**3
     assert kinds["attention"].flops == 4 * 2 * 128 * 128 * 32
     assert kinds["convolution"].flops == 2 * 30 * 30 * 9 * 8 * 16
@@ -318,8 +318,13 @@ def test_the_flame_graph_adds_up() -> None:
     assert "aten::<mm>" in widths
 
 
-def test_ceilings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("framefit.profiling.ceilings.BUDGET_S", 0.0)
+    monkeypatch.setattr("framefit.profiling.ceilings.PRECISIONS", {"fp32": torch.float32})
+
+
+def test_ceilings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_ceilings(monkeypatch)
     file = tmp_path / "state" / "ceilings.json"
     first = measure("cpu", file=file)
     assert min(rate for rates in first.tflops.values() for rate in rates.values()) > 0
@@ -349,7 +354,7 @@ def test_every_expert_is_watched_even_with_one_step(
 
 def test_profile_writes_its_files(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr("framefit.profiling.ceilings.BUDGET_S", 0.0)
+    quick_ceilings(monkeypatch)
     folder = tmp_path / "made" / "profile"
     small = ["--size", "64x64", "--frames", "5", "--steps", "4", "--profile-steps", "1", "--device", "cpu"]
     with pytest.raises(SystemExit) as ended:
