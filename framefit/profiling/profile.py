@@ -123,8 +123,8 @@ def profile(pipeline: Pipeline, folder: Path, ceilings: Ceilings, *, steps: int 
     load_s = sum(phase.seconds for phase in told.phases.values())
     way = _Way(_serving_all(pipeline), steps)
     # the ledger that the caller holds hears of every phase, so that an error can name it
-    ledger = partial(Ledger, plan.device.id, on_enter=partial(setattr, told, "last"))
-    way.go(ledger())
+    ledger = partial(_Mute, plan.device.id, on_enter=partial(setattr, told, "last"))
+    way.go(Ledger(plan.device.id, on_enter=partial(setattr, told, "last")))
     plain = ledger()
     way.go(plain)
     peaks = {phase.name: phase.peak_bytes for phase in plain.close()}
@@ -150,6 +150,13 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadOutput(f"{folder} cannot be made ({error.strerror}): give another name.") from None
+
+
+class _Mute(Ledger):
+    """What there was to tell is told when the way is gone for the first time."""
+
+    def note(self, sentence: str) -> None:
+        self.notices.append(sentence)
 
 
 @dataclass(frozen=True, slots=True)
