@@ -43,6 +43,14 @@ def _setting(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _bar(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        return name, float(value) if equals else float("")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not METRIC=NUMBER, as in vmaf=95") from None
+
+
 FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "prompt": (("-p", "--prompt"), {"metavar": "TEXT"}),
     "model": (("-m", "--model"), {"metavar": "MODEL"}),
@@ -122,6 +130,17 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--checkpoint-dir", metavar="DIR", type=Path, help="where step checkpoints are")
     inspect = _command(names, "inspect", commands.inspect, "show what a video file says of itself")
     inspect.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")
+
+    compare = _command(names, "compare", commands.compare, "measure how far a video is from a reference")
+    compare.add_argument("ours", type=Path, metavar="A", help="the video to judge, or a folder of PNGs")
+    compare.add_argument("reference", type=Path, metavar="B", help="what it should equal")
+    compare.add_argument("--metric", metavar="NAME[,NAME]", help="default: all that can be measured")
+    compare.add_argument("--min", action="append", default=[], type=_bar, metavar="NAME=N", help="exit 1 if under")
+    compare.add_argument("--max", action="append", default=[], type=_bar, metavar="NAME=N", help="exit 1 if over")
+    compare.add_argument("--lpips-weights", type=Path, metavar="FILE", help="safetensors of AlexNet or VGG-16")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the metrics frame by frame")
+    compare.add_argument("--side-by-side", type=Path, metavar="FILE", help="a video of both")
+    compare.add_argument("--overwrite", action="store_true", help="replace these files if they exist")
 
     rerun = _command(names, "rerun", commands.rerun, "make a video again from the parameters inside it")
     rerun.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
 """The photo for a first try."""
 
-__all__ = ["doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "rerun", "run"]
+__all__ = ["compare", "doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "rerun", "run"]
 
 
 def run(flags: Namespace) -> None:
@@ -192,6 +192,38 @@ def inspect(flags: Namespace) -> None:
     if seen["parameters"] is not None:
         text += "\n" + json.dumps(seen["parameters"], ensure_ascii=False, indent=2)
     _finish(seen, flags, text)
+
+
+def compare(flags: Namespace) -> int:
+    from framefit import quality
+    from framefit.quality import sheet
+    from framefit.quality.compare import beyond
+
+    at_least, at_most = dict(flags.min), dict(flags.max)
+    asked = None if flags.metric in (None, "all") else tuple(flags.metric.split(","))
+    for name in (*(asked or ()), *at_least, *at_most):
+        if name not in quality.METRICS:
+            raise UsageError(f"'{name}' is no metric: use {', '.join(quality.METRICS)} or all.")
+    bars = {*at_least, *at_most}
+    found = quality.compare(
+        flags.ours, flags.reference, metrics=dict.fromkeys((*(asked or quality.METRICS), *bars)),
+        required={*(asked or ()), *bars},  # a bar that cannot be measured is not met
+        lpips_weights=flags.lpips_weights,
+    )  # fmt: skip
+    failures = beyond(found.scores, at_least, at_most)
+    if flags.plot:
+        sheet.plot(found, flags.plot, overwrite=flags.overwrite)
+    if flags.side_by_side:
+        sheet.side_by_side(found, flags.side_by_side, overwrite=flags.overwrite)
+    rows = [("metric", "value", "", "beside it")]
+    for name, score in found.scores.items():
+        beside = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in score.detail.items())
+        rows.append((name, f"{score.value:.4g} {quality.METRICS[name].unit}", quality.METRICS[name].says, beside))
+    lines = [_table(rows), f"{found.num_frames} frames of {found.width}x{found.height}"]
+    lines += [f"{name} was not measured: {why}" for name, why in found.missing.items()]
+    lines += [*found.notes, *failures]
+    _finish(found.to_json() | {"failures": failures}, flags, "\n".join(lines))
+    return 1 if failures else 0
 
 
 def _finish(facts: dict[str, Any], flags: Namespace, text: str) -> None:

@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 
 RANKS = (
     {"errors", "request", "device", "plan", "photo", "marks", "video", "report"},
-    {"families", "ledger", "checkpoint", "schedule"},
+    {"families", "ledger", "checkpoint", "schedule", "quality"},
     {"passes", "testing"},
     {"planning"},
     {"pipeline"},
