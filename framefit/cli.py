@@ -120,11 +120,11 @@ def parser() -> argparse.ArgumentParser:
     _command(models, "pull", commands.models_pull, "download a model from the hub").add_argument(
         "model", metavar="MODEL", help="model id or hub repository id"
     )
-    verify = _command(
+    sound = _command(
         models, "verify", commands.models_verify, "check a model's files: complete, whole, of the right shape"
     )
-    verify.add_argument("model", metavar="MODEL", help="model id, or a local folder")
-    verify.add_argument("--quick", action="store_true", help="leave the hashes out")
+    sound.add_argument("model", metavar="MODEL", help="model id, or a local folder")
+    sound.add_argument("--quick", action="store_true", help="leave the hashes out")
 
     doctor = _command(names, "doctor", commands.doctor, "show this machine, the models on it and runs to resume")
     doctor.add_argument("--checkpoint-dir", metavar="DIR", type=Path, help="where step checkpoints are")
@@ -141,6 +141,13 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the metrics frame by frame")
     compare.add_argument("--side-by-side", type=Path, metavar="FILE", help="a video of both")
     compare.add_argument("--overwrite", action="store_true", help="replace these files if they exist")
+
+    verify = _command(names, "verify", commands.verify, "prove a plan: run it beside the untouched model")
+    _request_flags(verify)
+    _option_flags(verify)
+    verify.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: outputs/verify_<time>")
+    verify.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
+    verify.add_argument("--lpips-weights", type=Path, metavar="FILE", help="safetensors of AlexNet or VGG-16")
 
     rerun = _command(names, "rerun", commands.rerun, "make a video again from the parameters inside it")
     rerun.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")

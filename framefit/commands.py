@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
 """The photo for a first try."""
 
-__all__ = ["compare", "doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "rerun", "run"]
+__all__ = [
+    "compare",
+    "doctor",
+    "inspect",
+    "models_ls",
+    "models_pull",
+    "models_verify",
+    "plan",
+    "rerun",
+    "run",
+    "verify",
+]
 
 
 def run(flags: Namespace) -> None:
@@ -224,6 +235,31 @@ def compare(flags: Namespace) -> int:
     lines += [*found.notes, *failures]
     _finish(found.to_json() | {"failures": failures}, flags, "\n".join(lines))
     return 1 if failures else 0
+
+
+def verify(flags: Namespace) -> int:
+    from framefit.run import Options
+    from framefit.verify import verify
+
+    if flags.prompt is None:
+        raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
+    options = Options(
+        device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings)
+    )
+    folder = flags.output or Path("outputs") / f"verify_{time.strftime('%Y%m%d-%H%M%S')}"
+    verdict = verify(
+        _request(flags), folder, options, lpips_weights=flags.lpips_weights, overwrite=flags.overwrite,
+        on_phase=lambda name: print(f"{name} ...", file=sys.stderr),
+    )  # fmt: skip
+    rows = [("", "what", "value", "bar", "reason")]
+    rows += [
+        ("ok" if c.passed else "FAILED", c.what, "" if c.value is None else f"{c.value:.4g}", c.bar, c.reason)
+        for c in verdict.checks
+    ]
+    outcome = f"{'passed' if verdict.passed else 'failed'} as {verdict.tier}"
+    text = f"{_table(rows)}\n{outcome}, denoising {verdict.speedup:.2f} times as fast: {folder}/verdict.html"
+    _finish(verdict.to_json() | {"folder": str(folder)}, flags, text)
+    return 0 if verdict.passed else 1
 
 
 def _finish(facts: dict[str, Any], flags: Namespace, text: str) -> None:

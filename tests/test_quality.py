@@ -90,7 +90,7 @@ def test_equal_videos(tmp_path: Path, pan: Frames) -> None:
     assert scores["vmaf"] > 95
     assert (scores["motion"], scores["seam"]) == (1, 1)
     assert list(found.missing) == ["lpips"]
-    assert found.notes == ()
+    assert found.notes == []
     assert set(scores) | set(found.missing) == set(METRICS)
 
 
@@ -282,6 +282,7 @@ def test_a_lag_is_said_and_not_hidden(tmp_path: Path) -> None:
     found = compare(a, b, metrics=["psnr"])
     assert found.first == (0, 0)
     assert found.scores["psnr"].value < 40
+    assert found.lag == 2
     assert "2 frames later" in found.notes[0]
 
 

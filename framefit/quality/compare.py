@@ -65,8 +65,20 @@ class Comparison:
     scores: dict[str, Score]
     missing: dict[str, str]
     """Metric -> why it was not measured."""
-    notes: tuple[str, ...]
-    """What is wrong with either video, or with how they lie in time."""
+    faults: tuple[tuple[str, ...], tuple[str, ...]]
+    """What is wrong with ours, and with the reference, by itself."""
+    lag: int
+    """Frames that ours would have to begin later to fit much better, for videos of one length; mostly 0."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Faults and lag as sentences."""
+        pairs = zip((self.ours, self.reference), self.faults, strict=True)
+        said = [f"{path}: {fault}" for path, faults in pairs for fault in faults]
+        if self.lag:
+            when = "later" if self.lag > 0 else "earlier"
+            said.append(f"{self.ours} would fit {self.reference} better {abs(self.lag)} frames {when}.")
+        return said
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"ours": str(self.ours), "reference": str(self.reference)}
@@ -90,13 +102,11 @@ def compare(
     if a.shape[1:] != b.shape[1:]:
         (ah, aw), (bh, bw) = a.shape[1:3], b.shape[1:3]
         raise BadInput(f"{ours} is {aw}x{ah} and {reference} is {bw}x{bh}: metrics need one size, so make both at it.")
-    notes = [f"{path}: {sentence}" for path, frames in ((ours, a), (reference, b)) for sentence in findings(frames)]
+    faults = tuple(findings(a)), tuple(findings(b))
     first, lag = _alignment(a, b)
     a, b = a[first[0] :], b[first[1] :]
     count = min(len(a), len(b))
     a, b = a[:count], b[:count]
-    if lag:
-        notes.append(f"{ours} fits {reference} better {abs(lag)} frames {'earlier' if lag < 0 else 'later'}.")
     scores, missing = {}, {}
     for name in METRICS if metrics is None else metrics:
         try:
@@ -107,7 +117,7 @@ def compare(
             missing[name] = str(error)
     return Comparison(
         ours=ours, reference=reference, width=a.shape[2], height=a.shape[1], num_frames=count, first=first,
-        scores=scores, missing=missing, notes=tuple(notes),
+        scores=scores, missing=missing, faults=faults, lag=lag,
     )  # fmt: skip
 
 
