@@ -257,7 +257,7 @@ def verify(flags: Namespace) -> int:
         for c in verdict.checks
     ]
     outcome = f"{'passed' if verdict.passed else 'failed'} as {verdict.tier}"
-    text = f"{_table(rows)}\n{outcome}, denoising {verdict.speedup:.2f} times as fast: {folder}/verdict.html"
+    text = f"{_table(rows)}\n{outcome}: {folder}/verdict.html"
     _finish(verdict.to_json() | {"folder": str(folder)}, flags, text)
     return 0 if verdict.passed else 1
 

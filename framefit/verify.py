@@ -83,8 +83,6 @@ class Verdict:
     """The report of the plan's run, as `framefit run --json` prints it."""
     reference: dict[str, Any]
     """That of the untouched model."""
-    speedup: float
-    """Seconds of denoising of the reference over those of the plan."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"comparison": self.comparison.to_json()}
@@ -133,7 +131,6 @@ def verify(
         checks = judge(found, tier)
         verdict = Verdict(
             tier=tier, passed=all(check.passed for check in checks), checks=checks, comparison=found, **reports,
-            speedup=_denoising_s(reports["reference"]) / _denoising_s(reports["plan"]),
         )  # fmt: skip
         _write(verdict, scratch)
         if folder.exists():
@@ -238,7 +235,6 @@ def _page(verdict: Verdict, folder: Path) -> str:
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         verdict="passed" if verdict.passed else "failed",
         tier=verdict.tier,
-        speedup=f"{verdict.speedup:.2f}",
         title=html.escape("{model}, {width}x{height}, {num_frames} frames, {steps} steps".format(**request)),
         prompt=html.escape(request["prompt"]),
         facts=html.escape(f"{device['name']}; seed {request['seed']}; {', '.join(settings)}"),
