@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,15 @@ def _setting(text: str) -> tuple[str, str]:
     if not equals:
         raise argparse.ArgumentTypeError(f"'{text}' is not SETTING=VALUE, as in guidance=apart")
     return name, value
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 12GiB or 800MiB")
+    unit = found[2].upper()
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(found[1]) * base ** ("KMG".index(unit[0]) + 1))
 
 
 def _bar(text: str) -> tuple[str, float]:
@@ -149,6 +159,14 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
     verify.add_argument("--lpips-weights", type=Path, metavar="FILE", help="safetensors of AlexNet or VGG-16")
 
+    tune = _command(names, "tune", commands.tune, "find the fastest settings on this device, and file them for run")
+    _request_flags(tune)
+    tune.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    tune.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
+    tune.add_argument("--quality", choices=["exact", "near", "fast"], default="exact", help="the weakest tier allowed")
+    tune.add_argument("--memory", type=_bytes, metavar="SIZE", help="most that a run may hold, e.g. 12GiB")
+    tune.add_argument("--restart", action="store_true", help="forget the trials of an interrupted search")
+
     rerun = _command(names, "rerun", commands.rerun, "make a video again from the parameters inside it")
     rerun.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")
     rerun.add_argument("--image", type=Path, metavar="FILE", help="the photo, where it is not found by itself")
@@ -189,6 +207,7 @@ def _request_flags(command: argparse.ArgumentParser) -> None:
 
 def _option_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--preset", metavar="NAME", help="the model's draft, standard or quality")
+    command.add_argument("--untuned", action="store_true", help="do not use what framefit tune has filed")
     command.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     command.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     command.add_argument(

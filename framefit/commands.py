@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ __all__ = [
     "plan",
     "rerun",
     "run",
+    "tune",
     "verify",
 ]
 
@@ -43,7 +44,9 @@ def run(flags: Namespace) -> None:
     from framefit.run import generate, resume
 
     with Progress(flags) as progress:
-        options = progress.options(preset=flags.preset, precision=flags.precision, settings=dict(flags.settings))
+        options = progress.options(
+            preset=flags.preset, precision=flags.precision, settings=dict(flags.settings), use_tuned=not flags.untuned
+        )  # fmt: skip
         if flags.resume:
             _refuse_with_resume(flags)
             report = resume(flags.resume, flags.output, options, restart=flags.restart)
@@ -79,7 +82,7 @@ def plan(flags: Namespace) -> int:
         _request(flags),
         Options(
             device=flags.device or "auto", preset=flags.preset, precision=flags.precision,
-            settings=dict(flags.settings),
+            settings=dict(flags.settings), use_tuned=not flags.untuned,
             checkpoints=None,
         ),
     )  # fmt: skip
@@ -244,8 +247,9 @@ def verify(flags: Namespace) -> int:
     if flags.prompt is None:
         raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
     options = Options(
-        device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings)
-    )
+        device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
+        use_tuned=not flags.untuned,
+    )  # fmt: skip
     folder = flags.output or Path("outputs") / f"verify_{time.strftime('%Y%m%d-%H%M%S')}"
     verdict = verify(
         _request(flags), folder, options, lpips_weights=flags.lpips_weights, overwrite=flags.overwrite,
@@ -260,6 +264,30 @@ def verify(flags: Namespace) -> int:
     text = f"{_table(rows)}\n{outcome}: {folder}/verdict.html"
     _finish(verdict.to_json() | {"folder": str(folder)}, flags, text)
     return 0 if verdict.passed else 1
+
+
+def tune(flags: Namespace) -> None:
+    from framefit.run import Options
+    from framefit.tune import named, tune
+
+    if flags.prompt is None:
+        raise UsageError("a prompt is needed: the candidates' videos are compared. Give it with -p TEXT.")
+    options = Options(device=flags.device or "auto", precision=flags.precision)
+
+    def told(number: int, total: int, settings: Mapping[str, str]) -> None:
+        print(f"{number} of {total}: {named(settings)} ...", file=sys.stderr)
+
+    found = tune(
+        _request(flags), options, tier="lossy" if flags.quality == "fast" else flags.quality,
+        budget_bytes=flags.memory, restart=flags.restart, on_trial=told,
+    )  # fmt: skip
+    usual = found.trials[0].step_s or 0
+    rows = [("settings", "tier", "s a step", "times as fast", "peak GiB", "")]
+    for trial in found.trials:
+        speed = ("-", "-") if trial.step_s is None else (f"{trial.step_s:.3f}", f"{usual / trial.step_s:.2f}")
+        said = trial.failed or ("filed for run" if trial == found.best else "")
+        rows.append((named(trial.settings), trial.tier, *speed, f"{trial.peak_bytes / 2**30:.2f}", said))
+    _finish(found.to_json(), flags, _table(rows))
 
 
 def _finish(facts: dict[str, Any], flags: Namespace, text: str) -> None:

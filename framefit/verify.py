@@ -27,7 +27,7 @@ from framefit.quality import Comparison, sheet
 from framefit.request import Request
 from framefit.run import Options, check_fits, generate, prepare
 
-__all__ = ["GATES", "Check", "Verdict", "judge", "tier_of", "verify"]
+__all__ = ["GATES", "TIERS", "Check", "Verdict", "apart", "judge", "quiet", "tier_of", "verify"]
 
 TEMPLATE = Path(__file__).parent / "assets" / "verdict.html"
 TIERS: tuple[Tier, ...] = ("exact", "near", "lossy")
@@ -111,8 +111,15 @@ def verify(
     plan = prepare(request, options)[1]
     check_fits(plan)
     request = replace(request, seed=plan.request.seed)
-    untouched: dict[str, Any] = {"device": options.device, "preset": options.preset, "checkpoints": None}
-    changed = untouched | {"precision": options.precision, "settings": dict(options.settings)}
+    untouched: dict[str, Any] = {
+        "device": options.device,
+        "preset": options.preset,
+        "checkpoints": None,
+        "use_tuned": False,
+    }
+    changed = untouched | {
+        "precision": options.precision, "settings": dict(options.settings), "use_tuned": options.use_tuned
+    }  # fmt: skip
     reference = prepare(request, Options(**untouched))[1]
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".framefit-{secrets.token_hex(8)}.partial")
@@ -121,7 +128,7 @@ def verify(
         reports = {}
         for name, facts in (("reference", untouched), ("plan", changed)):
             on_phase(name)
-            made = _apart(partial(_made, request, scratch / name, facts))
+            made = apart(partial(_made, request, scratch / name, facts))
             reports[name] = made | {"video": str(folder / f"{name}.mp4")}
         on_phase("metrics")
         found = quality.compare(scratch / "plan", scratch / "reference", lpips_weights=lpips_weights)
@@ -170,7 +177,7 @@ def _checked(gate: Gate, found: Comparison) -> Check | None:
     return Check(what=gate.metric, value=value, bar=bar, passed=passed, reason=quality.METRICS[gate.metric].says)
 
 
-def _apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """In a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work).result()
@@ -178,13 +185,18 @@ def _apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _made(request: Request, output: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Frames as PNGs, so that no encoder stands between model and metric."""
+    quiet()
+    return generate(request, output, Options(**facts)).to_json()
+
+
+def quiet() -> None:
+    """The libraries' bars and advice are about their own pipelines."""
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    return generate(request, output, Options(**facts)).to_json()
 
 
 def _denoising_s(report: Mapping[str, Any]) -> float:
