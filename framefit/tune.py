@@ -100,7 +100,14 @@ def tune(
         partly.write_text(json.dumps(asdict(trial)))
         partly.replace(filed)
         trials.append(trial)
-    best = winner(trials, budget_bytes)
+    if (best := winner(trials, budget_bytes)) is not trials[0]:
+        # both once more, and the better of two counts: the machine may have been busy during one of them
+        places = (0, trials.index(best))
+        for place in places:
+            on_trial(len(every), len(every), trials[place].settings)
+            again = _tried(request, facts | {"settings": trials[place].settings}, untouched, scratch, first=place == 0)
+            trials[place] = replace(trials[place], step_s=min(filter(None, (trials[place].step_s, again.step_s))))
+        best = winner([trials[place] for place in places], budget_bytes)
     date, ratio = time.strftime("%Y-%m-%d"), (trials[0].step_s or 0) / (best.step_s or 1)
     file = tuned.save(untouched, Tuned(settings=best.settings, date=date, ratio=round(ratio, 3)))
     shutil.rmtree(scratch, ignore_errors=True)
@@ -127,16 +134,19 @@ def winner(trials: list[Trial], budget_bytes: int | None = None) -> Trial:
         DoesNotFit: none is within the budget.
     """
     passed = [trial for trial in trials if not trial.failed]
-    fitting = {trial.step_s: trial for trial in passed if budget_bytes is None or trial.peak_bytes <= budget_bytes}
+    fitting = [trial for trial in passed if budget_bytes is None or trial.peak_bytes <= budget_bytes]
     if not fitting:
         least = min(passed, key=lambda trial: trial.peak_bytes)
         raise DoesNotFit(
             f"no settings stay within {(budget_bytes or 0) / 2**30:.2f} GiB: the least is "
             f"{least.peak_bytes / 2**30:.2f} GiB with {named(least.settings)}."
         )
-    fastest, untouched = fitting[min(filter(None, fitting))], trials[0]
-    near = untouched.step_s is not None and untouched.step_s < LEAST_GAIN * (fastest.step_s or 0)
-    return untouched if near and untouched in fitting.values() else fastest
+    fastest, untouched = min(fitting, key=_step_s), trials[0]
+    return untouched if untouched in fitting and _step_s(untouched) < LEAST_GAIN * _step_s(fastest) else fastest
+
+
+def _step_s(trial: Trial) -> float:
+    return float("inf") if trial.step_s is None else trial.step_s
 
 
 def named(settings: Mapping[str, str]) -> str:
