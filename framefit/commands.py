@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,20 @@ if TYPE_CHECKING:
 PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
 """The photo for a first try."""
 
-__all__ = ["doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "profile", "rerun", "run"]
+__all__ = [
+    "compare",
+    "doctor",
+    "inspect",
+    "models_ls",
+    "models_pull",
+    "models_verify",
+    "plan",
+    "profile",
+    "rerun",
+    "run",
+    "tune",
+    "verify",
+]
 
 
 def run(flags: Namespace) -> None:
@@ -35,7 +48,9 @@ def run(flags: Namespace) -> None:
     from framefit.run import generate, resume
 
     with Progress(flags) as progress:
-        options = progress.options(preset=flags.preset, precision=flags.precision, settings=dict(flags.settings))
+        options = progress.options(
+            preset=flags.preset, precision=flags.precision, settings=dict(flags.settings), use_tuned=not flags.untuned
+        )  # fmt: skip
         if flags.resume:
             _refuse_with_resume(flags)
             report = resume(flags.resume, flags.output, options, restart=flags.restart)
@@ -219,6 +234,88 @@ def inspect(flags: Namespace) -> None:
     _finish(seen, flags, text)
 
 
+def compare(flags: Namespace) -> int:
+    from framefit import quality
+    from framefit.quality import sheet
+    from framefit.quality.compare import beyond
+
+    at_least, at_most = dict(flags.min), dict(flags.max)
+    asked = None if flags.metric in (None, "all") else tuple(flags.metric.split(","))
+    for name in (*(asked or ()), *at_least, *at_most):
+        if name not in quality.METRICS:
+            raise UsageError(f"'{name}' is no metric: use {', '.join(quality.METRICS)} or all.")
+    bars = {*at_least, *at_most}
+    found = quality.compare(
+        flags.ours, flags.reference, metrics=dict.fromkeys((*(asked or quality.METRICS), *bars)),
+        required={*(asked or ()), *bars},  # a bar that cannot be measured is not met
+        lpips_weights=flags.lpips_weights,
+    )  # fmt: skip
+    failures = beyond(found.scores, at_least, at_most)
+    if flags.plot:
+        sheet.plot(found, flags.plot, overwrite=flags.overwrite)
+    if flags.side_by_side:
+        sheet.side_by_side(found, flags.side_by_side, overwrite=flags.overwrite)
+    rows = [("metric", "value", "", "beside it")]
+    for name, score in found.scores.items():
+        beside = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in score.detail.items())
+        rows.append((name, f"{score.value:.4g} {quality.METRICS[name].unit}", quality.METRICS[name].says, beside))
+    lines = [_table(rows), f"{found.num_frames} frames of {found.width}x{found.height}"]
+    lines += [f"{name} was not measured: {why}" for name, why in found.missing.items()]
+    lines += [*found.notes, *failures]
+    _finish(found.to_json() | {"failures": failures}, flags, "\n".join(lines))
+    return 1 if failures else 0
+
+
+def verify(flags: Namespace) -> int:
+    from framefit.run import Options
+    from framefit.verify import verify
+
+    if flags.prompt is None:
+        raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
+    options = Options(
+        device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
+        use_tuned=not flags.untuned,
+    )  # fmt: skip
+    folder = flags.output or Path("outputs") / f"verify_{time.strftime('%Y%m%d-%H%M%S')}"
+    verdict = verify(
+        _request(flags), folder, options, lpips_weights=flags.lpips_weights, overwrite=flags.overwrite,
+        on_phase=lambda name: print(f"{name} ...", file=sys.stderr),
+    )  # fmt: skip
+    rows = [("", "what", "value", "bar", "reason")]
+    rows += [
+        ("ok" if c.passed else "FAILED", c.what, "" if c.value is None else f"{c.value:.4g}", c.bar, c.reason)
+        for c in verdict.checks
+    ]
+    outcome = f"{'passed' if verdict.passed else 'failed'} as {verdict.tier}"
+    text = f"{_table(rows)}\n{outcome}: {folder}/verdict.html"
+    _finish(verdict.to_json() | {"folder": str(folder)}, flags, text)
+    return 0 if verdict.passed else 1
+
+
+def tune(flags: Namespace) -> None:
+    from framefit.run import Options
+    from framefit.tune import named, tune
+
+    if flags.prompt is None:
+        raise UsageError("a prompt is needed: the candidates' videos are compared. Give it with -p TEXT.")
+    options = Options(device=flags.device or "auto", precision=flags.precision)
+
+    def told(number: int, total: int, settings: Mapping[str, str]) -> None:
+        print(f"{number} of {total}: {named(settings)} ...", file=sys.stderr)
+
+    found = tune(
+        _request(flags), options, tier="lossy" if flags.quality == "fast" else flags.quality,
+        budget_bytes=flags.memory, restart=flags.restart, on_trial=told,
+    )  # fmt: skip
+    usual = found.trials[0].step_s or 0
+    rows = [("settings", "tier", "s a step", "times as fast", "peak GiB", "")]
+    for trial in found.trials:
+        speed = ("-", "-") if trial.step_s is None else (f"{trial.step_s:.3f}", f"{usual / trial.step_s:.2f}")
+        said = trial.failed or ("filed for run" if trial == found.best else "")
+        rows.append((named(trial.settings), trial.tier, *speed, f"{trial.peak_bytes / 2**30:.2f}", said))
+    _finish(found.to_json(), flags, _table(rows))
+
+
 def _finish(facts: dict[str, Any], flags: Namespace, text: str) -> None:
     """The result on stdout, for a program or for a person."""
     text = json.dumps(facts, default=str) if flags.json else text
@@ -253,7 +350,7 @@ def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
         flags.prompt = "(no prompt)"
     options = Options(
         device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
-        checkpoints=None,
+        use_tuned=not flags.untuned, checkpoints=None,
     )  # fmt: skip
     return prepare(_request(flags), options)
 
