@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from framefit.errors import BadCheckpoint, BadInput
+from framefit.errors import BadCheckpoint, BadInput, FramefitError
 from framefit.plan import Plan
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunFolder", "State", "Writer", "default_root", "list_runs"]
+__all__ = ["RunFolder", "State", "Writer", "default_root", "hold", "list_runs"]
 
 ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 
@@ -64,6 +64,23 @@ def default_root() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_state_dir("framefit")) / "runs"
+
+
+def hold(file: Path, taken: FramefitError) -> Callable[[], None]:
+    """Lock `file` for this process until it ends or calls what is returned; raises `taken` where another one does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        return lambda: None
+    lock = os.open(file, os.O_CREAT | os.O_WRONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise taken from None
+    except OSError:  # some network file systems have no locks
+        pass
+    return lambda: os.close(lock)
 
 
 class RunFolder:
@@ -185,20 +202,8 @@ class RunFolder:
 
     def _take(self) -> None:
         """Hold the folder for this process until it ends; raises `BadCheckpoint` where another one does."""
-        try:
-            import fcntl
-        except ImportError:  # Windows has no such lock
-            return
-        lock = os.open(self.path / "lock", os.O_CREAT | os.O_WRONLY)
-        self._lock = weakref.finalize(self, os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadCheckpoint(
-                f"run {self.id} is being worked on by another process: wait for it, or stop it."
-            ) from None
-        except OSError:
-            return  # some network file systems have no locks
+        taken = f"run {self.id} is being worked on by another process: wait for it, or stop it."
+        self._lock = weakref.finalize(self, hold(self.path / "lock", BadCheckpoint(taken)))
 
     def _save_tensors(self, name: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         from safetensors.torch import save

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -62,7 +63,10 @@ def _bytes(text: str) -> int:
 def _bar(text: str) -> tuple[str, float]:
     name, equals, value = text.partition("=")
     try:
-        return name, float(value) if equals else float("")
+        number = float(value) if equals else math.nan
+        if not math.isfinite(number):
+            raise ValueError
+        return name, number
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not METRIC=NUMBER, as in vmaf=95") from None
 

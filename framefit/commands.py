@@ -240,14 +240,25 @@ def compare(flags: Namespace) -> int:
     from framefit.quality.compare import beyond
 
     at_least, at_most = dict(flags.min), dict(flags.max)
-    asked = None if flags.metric in (None, "all") else tuple(flags.metric.split(","))
-    for name in (*(asked or ()), *at_least, *at_most):
+    asked = tuple(name.strip() for name in flags.metric.split(",")) if flags.metric else ("all",)
+    asked = () if "all" in asked else asked
+    for name in (*asked, *at_least, *at_most):
         if name not in quality.METRICS:
             raise UsageError(f"'{name}' is no metric: use {', '.join(quality.METRICS)} or all.")
+    for name in at_least:
+        if quality.METRICS[name].better == "lower":
+            raise UsageError(f"--min {name} was given and less of it is better: use --max {name}.")
+    inputs = {path.resolve() for path in (flags.ours, flags.reference)}
+    if flags.side_by_side and flags.side_by_side.resolve() in inputs:
+        raise UsageError(f"--side-by-side would replace {flags.side_by_side}, which is compared: give another name.")
+    if flags.plot:
+        sheet.check_plot(flags.plot, overwrite=flags.overwrite)
+    if flags.side_by_side:
+        sheet.check_side_by_side(flags.ours, flags.side_by_side, overwrite=flags.overwrite)
     bars = {*at_least, *at_most}
     found = quality.compare(
         flags.ours, flags.reference, metrics=dict.fromkeys((*(asked or quality.METRICS), *bars)),
-        required={*(asked or ()), *bars},  # a bar that cannot be measured is not met
+        required={*asked, *bars},  # a bar that cannot be measured is not met
         lpips_weights=flags.lpips_weights,
     )  # fmt: skip
     failures = beyond(found.scores, at_least, at_most)

@@ -7,6 +7,7 @@ interrupted search goes on where it stood. The winner is filed as what `run` use
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -19,7 +20,10 @@ from statistics import median
 from typing import Any
 
 from framefit import quality, tuned
-from framefit.errors import DoesNotFit
+from framefit.checkpoint import hold
+from framefit.errors import DoesNotFit, NotFinite, UsageError
+from framefit.families import Checkpoint, hub
+from framefit.families.files import fingerprint
 from framefit.plan import SETTINGS, Plan, Tier
 from framefit.request import Request
 from framefit.run import Options, check_fits, generate, prepare
@@ -77,16 +81,33 @@ def tune(
         on_trial: hears the number of a candidate from 1, how many there are, and its settings.
 
     Raises:
-        FramefitError: the untouched settings fail. A candidate that fails has lost.
+        FramefitError: a run fails. A candidate that does not fit, or gives no numbers, has lost.
+        UsageError: another process makes this search.
     """
     request = replace(request, steps=request.steps or DEFAULT_STEPS, seed=0 if request.seed is None else request.seed)
     facts = {"device": options.device, "precision": options.precision, "checkpoints": None, "use_tuned": False}
-    untouched = prepare(request, Options(**facts))[1]  # type: ignore[arg-type]
+    checkpoint, untouched = prepare(request, Options(**facts))  # type: ignore[arg-type]
     check_fits(untouched)
-    scratch = tuned.folder() / f"{tuned.key(untouched)}-{tier}-{request.steps}-{request.seed}.partial"
-    if restart:
-        shutil.rmtree(scratch, ignore_errors=True)
+    scratch = tuned.folder() / f"{_identity(checkpoint, untouched, tier)}.partial"
     scratch.mkdir(parents=True, exist_ok=True)
+    release = hold(scratch / "lock", UsageError("this search is run by another process: wait for it, or stop it."))
+    try:
+        if restart:
+            _forget(scratch)
+        return _searched(request, facts, untouched, tier, budget_bytes, scratch, on_trial)
+    finally:
+        release()
+
+
+def _searched(
+    request: Request,
+    facts: dict[str, Any],
+    untouched: Plan,
+    tier: Tier,
+    budget_bytes: int | None,
+    scratch: Path,
+    on_trial: Callable[[int, int, Mapping[str, str]], None],
+) -> Tuning:
     every = list(candidates(untouched, tier))
     trials = []
     for number, settings in enumerate(every, 1):
@@ -106,12 +127,29 @@ def tune(
         for place in places:
             on_trial(len(every), len(every), trials[place].settings)
             again = _tried(request, facts | {"settings": trials[place].settings}, untouched, scratch, first=place == 0)
-            trials[place] = replace(trials[place], step_s=min(filter(None, (trials[place].step_s, again.step_s))))
+            step_s = min(filter(None, (trials[place].step_s, again.step_s)))
+            trials[place] = replace(trials[place], step_s=step_s, failed=again.failed)
         best = winner([trials[place] for place in places], budget_bytes)
     date, ratio = time.strftime("%Y-%m-%d"), (trials[0].step_s or 0) / (best.step_s or 1)
     file = tuned.save(untouched, Tuned(settings=best.settings, date=date, ratio=round(ratio, 3)))
-    shutil.rmtree(scratch, ignore_errors=True)
+    _forget(scratch)
     return Tuning(trials=tuple(trials), best=best, filed=file)
+
+
+def _identity(checkpoint: Checkpoint, untouched: Plan, tier: Tier) -> str:
+    """Whatever a trial depends on: weights, request, photos, device, versions."""
+    facts: list[Any] = [tuned.key(untouched), fingerprint(hub.locate(checkpoint)), tier]
+    facts += [untouched.request.to_json(), dict(untouched.photos)]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def _forget(scratch: Path) -> None:
+    """All trials; the lock goes with the folder once it is empty."""
+    for path in scratch.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
 
 
 def candidates(untouched: Plan, tier: Tier) -> Iterator[dict[str, str]]:
@@ -161,7 +199,7 @@ def _tried(request: Request, facts: Mapping[str, Any], untouched: Plan, scratch:
     tier = tier_of(plan, untouched)
     try:
         made = apart(partial(_made, request, output, facts))
-    except Exception as error:
+    except (DoesNotFit, NotFinite) as error:
         if first:
             raise
         lost = f"{type(error).__name__}: {error}"

@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-from framefit.plan import Plan
+from framefit.errors import UsageError
+from framefit.plan import SETTINGS, Plan
 
 __all__ = ["Tuned", "find", "folder", "key", "save"]
 
@@ -34,7 +35,7 @@ class Tuned:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(**data)
+        return cls(**(data | {"ratio": float(data["ratio"])}))
 
 
 def key(plan: Plan) -> str:
@@ -48,9 +49,12 @@ def key(plan: Plan) -> str:
 def find(plan: Plan) -> Tuned | None:
     """What was filed for such a plan; None where nothing was, or where the file is not ours."""
     try:
-        return Tuned.from_json(json.loads((folder() / f"{key(plan)}.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        found = Tuned.from_json(json.loads((folder() / f"{key(plan)}.json").read_text()))
+        for name, value in found.settings.items():
+            SETTINGS[name](value=value)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, UsageError):
         return None
+    return found
 
 
 def save(plan: Plan, tuned: Tuned) -> Path:

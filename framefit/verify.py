@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from string import Template
 from typing import Any, Literal
 
 from framefit import quality, video
-from framefit.errors import BadOutput
+from framefit.errors import BadOutput, FramefitError
 from framefit.plan import Plan, Tier
 from framefit.quality import Comparison, sheet
 from framefit.request import Request
@@ -29,6 +30,7 @@ from framefit.run import Options, check_fits, generate, prepare
 
 __all__ = ["GATES", "TIERS", "Check", "Verdict", "apart", "judge", "quiet", "tier_of", "verify"]
 
+FILES = ("metrics.png", "plan.mp4", "reference.mp4", "verdict.html", "verdict.json")
 TEMPLATE = Path(__file__).parent / "assets" / "verdict.html"
 TIERS: tuple[Tier, ...] = ("exact", "near", "lossy")
 
@@ -106,8 +108,13 @@ def verify(
         BadOutput: the folder exists and is not empty, and `overwrite` is false.
         FramefitError: one of the runs failed; the folder is untouched.
     """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
-        raise BadOutput(f"{folder} exists: add --overwrite to replace it, or choose another name.")
+    folder = folder.resolve()
+    _check_folder(folder, overwrite)
+    sheet.check_plot(folder / "metrics.png", overwrite=True)
+    if lpips_weights:
+        from framefit.quality.lpips import load_network
+
+        load_network(lpips_weights)
     plan = prepare(request, options)[1]
     check_fits(plan)
     request = replace(request, seed=plan.request.seed)
@@ -121,7 +128,6 @@ def verify(
         "precision": options.precision, "settings": dict(options.settings), "use_tuned": options.use_tuned
     }  # fmt: skip
     reference = prepare(request, Options(**untouched))[1]
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".framefit-{secrets.token_hex(8)}.partial")
     try:
         scratch.mkdir()
@@ -140,12 +146,28 @@ def verify(
             tier=tier, passed=all(check.passed for check in checks), checks=checks, comparison=found, **reports,
         )  # fmt: skip
         _write(verdict, scratch)
-        if folder.exists():
-            shutil.rmtree(folder)
+        old = scratch.with_suffix(".old")
+        if folder.exists():  # a folder that is not empty cannot be replaced in one step
+            folder.rename(old)
         scratch.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return verdict
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise BadOutput(f"{folder} is a file: a verdict is a folder, so choose another name.")
+    entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if strangers := entries.difference(FILES):
+        raise BadOutput(f"{folder} holds {min(strangers)}, which is not of a verdict: choose another folder.")
+    if entries and not overwrite:
+        raise BadOutput(f"{folder} exists: add --overwrite to replace it, or choose another name.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadOutput(f"{folder} cannot be made ({error.strerror}): choose another name.") from None
 
 
 def tier_of(plan: Plan, reference: Plan) -> Tier:
@@ -159,28 +181,42 @@ def tier_of(plan: Plan, reference: Plan) -> Tier:
 
 def judge(found: Comparison, tier: Tier) -> tuple[Check, ...]:
     """The gates of the tier, and that the plan's video has no fault that the reference's has not."""
-    checks = [check for gate in GATES[tier] if (check := _checked(gate, found)) is not None]
-    new = [fault for fault in found.faults[0] if fault not in found.faults[1]]
+    checks = [_checked(gate, found) for gate in GATES[tier]]
+    known = {_kind(fault) for fault in found.faults[1]}
+    new = [fault for fault in found.faults[0] if _kind(fault) not in known]
     reason = "; ".join(new) or "nothing is black, frozen or empty that is not so in the reference"
     return (*checks, Check(what="sound", value=None, bar="no new fault", passed=not new, reason=reason))
 
 
-def _checked(gate: Gate, found: Comparison) -> Check | None:
+def _kind(fault: str) -> str:
+    """Without the frames that it names."""
+    return fault.partition(":")[0]
+
+
+def _checked(gate: Gate, found: Comparison) -> Check:
     bar = f"{gate.sign} {gate.bar:g}"
     if gate.metric in found.missing:
-        if gate.optional:
-            return None
         reason = f"not measured: {found.missing[gate.metric]}"
-        return Check(what=gate.metric, value=None, bar=bar, passed=False, reason=reason)
+        return Check(what=gate.metric, value=None, bar=bar, passed=gate.optional, reason=reason)
     value = found.scores[gate.metric].value
     passed = value >= gate.bar if gate.sign == ">=" else value <= gate.bar
     return Check(what=gate.metric, value=value, bar=bar, passed=passed, reason=quality.METRICS[gate.metric].says)
 
 
 def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """In a fresh process."""
+    """In a fresh process.
+
+    Raises:
+        FramefitError: the process ended without a word; what the work raised comes as it is.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work).result()
+        try:
+            return pool.submit(work).result()
+        except BrokenProcessPool:
+            raise FramefitError(
+                "the process that ran the model was killed, as the system does where memory runs out: ask for a "
+                "smaller --size or fewer --frames."
+            ) from None
 
 
 def _made(request: Request, output: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from framefit import cli, video
 from framefit.errors import BadInput, BadOutput, UsageError
 from framefit.quality import METRICS, compare, findings, sheet
+from framefit.quality.compare import load
 from framefit.quality.fidelity import Frames, psnr, ssim
 from framefit.quality.lpips import lpips
 from framefit.quality.motion import motion
@@ -276,6 +277,65 @@ def test_a_longer_video_is_aligned(tmp_path: Path, pan: Frames) -> None:
     assert compare(b, a, metrics=["psnr"]).first == (2, 0)
 
 
+def test_good_frames_do_not_make_up_for_lost_ones(tmp_path: Path, pan: Frames) -> None:
+    lost = pan.copy()
+    lost[5:] = np.random.default_rng(0).integers(0, 255, lost[5:].shape)
+    score = compare(written(tmp_path / "a", lost), written(tmp_path / "b", pan), metrics=["psnr"]).scores["psnr"]
+    assert np.mean(score.per_frame) > 40
+    assert score.value < 15
+    assert score.value == pytest.approx(10 * np.log10(255**2 / np.mean(np.square(lost.astype(float) - pan))))
+
+
+def test_lengths_that_differ_are_said(tmp_path: Path, pan: Frames) -> None:
+    found = compare(written(tmp_path / "a", pan[3:4]), written(tmp_path / "b", pan), metrics=["psnr"])
+    assert "has 1 frames" in found.notes[0]
+    assert "from frame 0 and from frame 3" in found.notes[0]
+
+
+def test_a_frozen_video_is_frozen_in_an_mp4_too(tmp_path: Path, pan: Frames) -> None:
+    frozen = np.repeat(pan[:1], COUNT, axis=0)
+    file = written(tmp_path / "frozen.mp4", noisy(frozen, 0))
+    assert findings(load(file)) == [f"frozen: all {COUNT} frames are the same"]
+    assert findings(load(written(tmp_path / "pan.mp4", pan))) == []
+
+
+def test_of_two_that_stand_still_neither_moves_more(tmp_path: Path, pan: Frames) -> None:
+    still = np.repeat(pan[:1], COUNT, axis=0)
+    a, b = written(tmp_path / "a", noisy(still, 0.5)), written(tmp_path / "b", still)
+    assert compare(a, b, metrics=["motion"]).scores["motion"].value == 1
+    moving = compare(written(tmp_path / "c", pan), b, metrics=["motion"]).scores["motion"].value
+    assert 8 < moving < 12  # 2 px over the 0.2 that count as none
+
+
+def test_frames_of_several_sizes_are_refused(tmp_path: Path, pan: Frames) -> None:
+    a = written(tmp_path / "a", pan)
+    Image.fromarray(pan[0, :64, :64]).save(a / "00003.png")
+    with pytest.raises(BadInput, match=r"256x192 and 64x64"):
+        compare(a, a)
+
+
+def test_what_is_too_small_for_a_metric_is_missing(tmp_path: Path, network: Path) -> None:
+    small = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), dtype=np.uint8)
+    made = video.Video(frames=iter(small), num_frames=2, width=8, height=8, fps=8)
+    video.write(made, tmp_path / "small", parameters={})
+    found = compare(tmp_path / "small", tmp_path / "small", lpips_weights=network)
+    assert set(found.missing) == {"ssim", "ms_ssim", "vmaf", "lpips"}
+    assert all("px at least" in why for why in found.missing.values())
+
+
+def test_an_ffmpeg_without_vmaf_leaves_the_other_metrics(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "ffmpeg"
+    program.write_text("#!/bin/sh\necho No such filter: libvmaf >&2; exit 8\n")
+    program.chmod(0o755)
+    for path, why in ((program, "No such filter"), (tmp_path / "nowhere", "cannot be run")):
+        monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda path=path: str(path))
+        found = compare(*pair)
+        assert why in found.missing["vmaf"]
+        assert "psnr" in found.scores
+
+
 def test_a_lag_is_said_and_not_hidden(tmp_path: Path) -> None:
     long = panned(3.0, 12)
     a, b = written(tmp_path / "a", long[2:]), written(tmp_path / "b", long[:-2])
@@ -326,7 +386,9 @@ def test_bars_decide_the_exit_code(pair: tuple[Path, Path], capsys: pytest.Captu
     [
         (["--metric", "beauty"], "'beauty' is no metric"),
         (["--min", "vmaf"], "is not METRIC=NUMBER"),
-        (["--min", "lpips=1"], "--lpips-weights"),
+        (["--max", "lpips=1"], "--lpips-weights"),
+        (["--min", "lpips=1"], "use --max lpips"),
+        (["--min", "psnr=nan"], "is not METRIC=NUMBER"),
     ],
 )
 def test_wrong_flags(
@@ -349,6 +411,23 @@ def test_the_plot_and_the_video_of_both(pair: tuple[Path, Path], tmp_path: Path)
     assert min(psnr(left, np.stack(list(video.read(pair[0]))))) > 30
     assert run(*wanted) == 3
     assert run(*wanted, "--overwrite") == 0
+
+
+def test_outputs_are_refused_before_anything_is_measured(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("compare", *pair, "--plot", tmp_path / "p.png", "--side-by-side", tmp_path / "x.txt") == 3
+    assert run("compare", *pair, "--side-by-side", pair[0], "--overwrite") == 2
+    assert "is compared" in capsys.readouterr().err
+    folder = tmp_path / "d.png"
+    folder.mkdir()
+    assert run("compare", *pair, "--plot", folder, "--overwrite") == 3
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_all_may_stand_anywhere(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compare", *pair, "--metric", "psnr, all", "--json") == 0
+    assert set(METRICS) == set((facts := json.loads(capsys.readouterr().out))["scores"]) | set(facts["missing"])
 
 
 def test_a_plot_of_nothing_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from framefit import cli, tune, tuned, video
-from framefit.errors import DoesNotFit, FramefitError
+from framefit.errors import DoesNotFit, UsageError
 from framefit.plan import Plan
 from framefit.request import Request
 from framefit.run import Options, prepare
@@ -60,7 +61,8 @@ def test_a_search_files_what_a_run_then_uses(tmp_path: Path, monkeypatch: pytest
     assert not any(t.failed for t in found.trials)
     assert all(t.peak_bytes > 2**20 for t in found.trials)
     assert found.best.settings == {"guidance": "together"}
-    assert [path.name for path in tuned.folder().iterdir()] == [found.filed.name]
+    assert [path.name for path in tuned.folder().glob("*.json")] == [found.filed.name]
+    assert [path.name for path in tuned.folder().glob("*.partial/*")] == ["lock"]
 
     setting = prepare(SMALL, CPU)[1].settings[0]
     assert setting.value == "together"
@@ -95,6 +97,37 @@ def test_an_interrupted_search_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[3:] in ([], ["apart", "together"])  # the better one is confirmed
 
 
+def test_trials_of_another_photo_or_prompt_are_not_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[str] = []
+    made = tune._made
+
+    def counted(request: Request, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        calls.append(request.prompt)
+        return made(request, output, facts)
+
+    monkeypatch.setattr(tune, "_made", counted)
+    monkeypatch.setattr(tune, "apart", lambda work: work())
+    with pytest.raises(DoesNotFit):
+        tune.tune(SMALL, CPU, budget_bytes=1)
+    with pytest.raises(DoesNotFit):
+        tune.tune(replace(SMALL, prompt="zoom"), CPU, budget_bytes=1)
+    assert calls == ["pan", "pan", "zoom", "zoom"]
+    with pytest.raises(DoesNotFit):  # what is filed is kept
+        tune.tune(SMALL, CPU, budget_bytes=1)
+    assert len(calls) == 4
+
+
+def test_one_search_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def another(request: Request, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        tune.tune(SMALL, CPU)
+        raise AssertionError
+
+    monkeypatch.setattr(tune, "_made", another)
+    monkeypatch.setattr(tune, "apart", lambda work: work())
+    with pytest.raises(UsageError, match=r"another process"):
+        tune.tune(SMALL, CPU)
+
+
 def test_a_gain_that_was_a_busy_machine_is_not_filed(monkeypatch: pytest.MonkeyPatch) -> None:
     made, seconds = tune._made, iter((9.0, 1.0, 1.0, 1.0))
 
@@ -114,13 +147,13 @@ def test_a_candidate_that_fails_has_lost(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def broken(request: Request, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
         if facts["settings"]["guidance"] == "together":
-            raise FramefitError("out of memory")
+            raise DoesNotFit("out of memory")
         return made(request, output, facts)
 
     monkeypatch.setattr(tune, "_made", broken)
     monkeypatch.setattr(tune, "apart", lambda work: work())
     found = tune.tune(SMALL, CPU)
-    assert found.trials[1].failed == "FramefitError: out of memory"
+    assert found.trials[1].failed == "DoesNotFit: out of memory"
     assert found.best == found.trials[0]
     json.dumps(found.to_json(), allow_nan=False)
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from framefit import cli, video
+from framefit.errors import FramefitError
 from framefit.plan import Plan
 from framefit.quality import Comparison
 from framefit.quality.compare import Score
 from framefit.request import Request
 from framefit.run import Options, prepare
-from framefit.verify import GATES, judge, tier_of
+from framefit.verify import GATES, apart, judge, tier_of
 
 pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
@@ -27,7 +30,7 @@ def comparison(missing: dict[str, str] | None = None, **values: float) -> Compar
     return Comparison(
         ours=Path("plan"), reference=Path("reference"), width=64, height=64, num_frames=5, first=(0, 0),
         scores={name: Score(value=value) for name, value in values.items()}, missing=missing or {},
-        faults=((), ()), lag=0,
+        lengths=(5, 5), faults=((), ()), lag=0,
     )  # fmt: skip
 
 
@@ -53,7 +56,8 @@ def test_what_cannot_be_measured_is_not_passed() -> None:
     checks = {check.what: check for check in judge(found, "near")}
     assert not checks["vmaf"].passed
     assert checks["vmaf"].reason == "not measured: no ffmpeg"
-    assert "lpips" not in checks  # its weights are the user's to bring
+    assert checks["lpips"].passed  # its weights are the user's to bring, and that is said
+    assert checks["lpips"].reason == "not measured: no weights"
     assert checks["ssim"].passed
 
 
@@ -111,9 +115,36 @@ def test_a_precision_that_shows_is_held_to_the_near_gate(tmp_path: Path, capsys:
     facts = json.loads(capsys.readouterr().out)
     assert facts["tier"] == "near"
     assert [facts[name]["plan"]["precision"] for name in ("plan", "reference")] == ["bf16", "fp32"]
-    assert {check["what"] for check in facts["checks"]} == {"vmaf", "ssim", "sound"}
+    assert {check["what"] for check in facts["checks"]} == {"vmaf", "ssim", "lpips", "sound"}
     assert code == (0 if facts["passed"] else 1)
     assert facts["comparison"]["scores"]["psnr"]["value"] < 60
+
+
+def test_a_fault_counts_by_its_kind_not_by_its_frames() -> None:
+    found = replace(comparison(psnr=50), faults=(("black: frame 3",), ("black: frames 3-4",)))
+    assert judge(found, "exact")[-1].passed
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for place, sentence in (("mine", "holds thesis.txt"), ("file", "is a file"), ("file/x", "cannot be made")):
+        assert run("verify", PHOTO, *SMALL, "-o", tmp_path / place, "--overwrite") == 3
+        assert sentence in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_weights_for_lpips_are_read_before_anything_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ("verify", PHOTO, *SMALL, "-o", tmp_path / "proof", "--lpips-weights", tmp_path / "none")
+    assert run(*wanted) == 3
+    assert "cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "proof").exists()
+
+
+def test_a_killed_process_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FramefitError, match=r"was killed"):
+        apart(partial(os._exit, 9))
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,12 @@ def main() -> None:
     options = _options()
     recipe = tomllib.loads(RECIPE.read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    filed, before = options.out / f"{options.stage}.json", STAGES[: STAGES.index(options.stage)]
+    for name in before[-1:]:
+        if not _finished(options.out / f"{name}.json"):
+            raise SystemExit(f"{options.stage} goes on from {name}, which is not finished: train that first.")
+    if _finished(filed):
+        raise SystemExit(f"{options.stage} is finished: delete {filed} and its state to train it again.")
     material = scenes.load(options.data, device, drawn=recipe["data"]["drawn"], seed=recipe["data"]["seed"])
     settings = recipe["vae"][options.stage]
     pace = Pace(**settings["pace"])
@@ -76,8 +82,12 @@ def main() -> None:
         "parameters": sum(p.numel() for p in vae.parameters()), "recipe": recipe["vae"], "photos": len(material.sizes),
         "heldout": figures, "curve": trainee.curve,
     }  # fmt: skip
-    (options.out / f"{options.stage}.json").write_text(json.dumps(report))
+    filed.write_text(json.dumps(report))
     print(json.dumps({k: v for k, v in report.items() if k != "curve"} | {"last": trainee.curve[-1:]}))
+
+
+def _finished(report: Path) -> bool:
+    return report.exists() and bool(json.loads(report.read_text())["finished"])
 
 
 def build(recipe: Mapping[str, Any]) -> AutoencoderKLWan:

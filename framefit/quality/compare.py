@@ -24,6 +24,8 @@ from framefit.quality.sanity import findings
 __all__ = ["METRICS", "Comparison", "Metric", "Score", "beyond", "compare", "load"]
 
 THUMBNAIL_PX = 32
+STILL_PX = 0.2
+"""Mean motion a frame under which flow is noise."""
 MOST_SHIFT = 4
 """Frames that videos of one length are tried at, to say that one lags."""
 
@@ -47,6 +49,7 @@ class Metric:
     measure: Callable[[Frames, Frames, Path | None], Score]
     """Ours, the reference, LPIPS's weights."""
     better: Literal["higher", "lower", "one"]
+    """lower: a bar is the most that is allowed."""
     unit: str
     says: str
     """What it is, for the table and the docs."""
@@ -60,8 +63,10 @@ class Comparison:
     height: int
     num_frames: int
     """That were compared."""
+    lengths: tuple[int, int]
+    """Frames of ours and of the reference."""
     first: tuple[int, int]
-    """The first frame compared of ours and of the reference."""
+    """The first frame compared of either."""
     scores: dict[str, Score]
     missing: dict[str, str]
     """Metric -> why it was not measured."""
@@ -75,6 +80,12 @@ class Comparison:
         """Faults and lag as sentences."""
         pairs = zip((self.ours, self.reference), self.faults, strict=True)
         said = [f"{path}: {fault}" for path, faults in pairs for fault in faults]
+        if self.lengths[0] != self.lengths[1]:
+            (one, other), (start, begin) = self.lengths, self.first
+            said.append(
+                f"{self.ours} has {one} frames and {self.reference} {other}: {self.num_frames} were compared, from "
+                f"frame {start} and from frame {begin}."
+            )
         if self.lag:
             when = "later" if self.lag > 0 else "earlier"
             said.append(f"{self.ours} would fit {self.reference} better {abs(self.lag)} frames {when}.")
@@ -102,7 +113,7 @@ def compare(
     if a.shape[1:] != b.shape[1:]:
         (ah, aw), (bh, bw) = a.shape[1:3], b.shape[1:3]
         raise BadInput(f"{ours} is {aw}x{ah} and {reference} is {bw}x{bh}: metrics need one size, so make both at it.")
-    faults = tuple(findings(a)), tuple(findings(b))
+    faults, lengths = (tuple(findings(a)), tuple(findings(b))), (len(a), len(b))
     first, lag = _alignment(a, b)
     a, b = a[first[0] :], b[first[1] :]
     count = min(len(a), len(b))
@@ -117,7 +128,7 @@ def compare(
             missing[name] = str(error)
     return Comparison(
         ours=ours, reference=reference, width=a.shape[2], height=a.shape[1], num_frames=count, first=first,
-        scores=scores, missing=missing, faults=faults, lag=lag,
+        lengths=lengths, scores=scores, missing=missing, faults=faults, lag=lag,
     )  # fmt: skip
 
 
@@ -131,7 +142,11 @@ def beyond(scores: Mapping[str, Score], at_least: Mapping[str, float], at_most: 
 
 def load(path: Path) -> Frames:
     """All frames of a video file or a folder of PNGs, (F, H, W, 3)."""
-    return np.stack(list(video.read(path)))
+    frames = list(video.read(path))
+    if len(shapes := {frame.shape for frame in frames}) > 1:
+        sizes = " and ".join(sorted(f"{width}x{height}" for height, width, _ in shapes))
+        raise BadInput(f"{path} holds frames of {sizes}: a video has one size.")
+    return np.stack(frames)
 
 
 def _alignment(a: Frames, b: Frames) -> tuple[tuple[int, int], int]:
@@ -165,7 +180,7 @@ def _mean(values: Sequence[float], **detail: float | str) -> Score:
 
 def _psnr(a: Frames, b: Frames, _: Path | None) -> Score:
     values = fidelity.psnr(a, b)
-    return _mean(values, worst=min(values))
+    return Score(value=fidelity.overall_psnr(values), per_frame=tuple(values), detail={"worst": min(values)})
 
 
 def _ssim(a: Frames, b: Frames, _: Path | None) -> Score:
@@ -199,9 +214,11 @@ def _lpips(a: Frames, b: Frames, weights: Path | None) -> Score:
 def _motion(a: Frames, b: Frames, _: Path | None) -> Score:
     ours, theirs = motion(a), motion(b)
     turned = abs((ours.direction_degrees - theirs.direction_degrees + 180) % 360 - 180)
-    ratio = ours.mean_px / theirs.mean_px if theirs.mean_px else (1.0 if not ours.mean_px else float("inf"))
+    # what moves less stands still, and of two that stand still neither moves more
+    floor = max(theirs.mean_px, STILL_PX)
+    ratio = max(ours.mean_px, STILL_PX) / floor
     detail: dict[str, float | str] = {"ours_px": ours.mean_px, "reference_px": theirs.mean_px, "turned_degrees": turned}
-    per_frame = tuple(px / theirs.mean_px for px in ours.magnitude_px) if theirs.mean_px else ()
+    per_frame = tuple(px / floor for px in ours.magnitude_px)
     return Score(value=ratio, per_frame=per_frame, first=1, detail=detail)
 
 

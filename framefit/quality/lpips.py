@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from framefit.errors import BadInput
+from framefit.errors import BadInput, UsageError
 from framefit.quality.fidelity import Frames
 
-__all__ = ["lpips"]
+__all__ = ["load_network", "lpips"]
 
+LEAST_PX = 64
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 """Of the colours in [-1, 1], as the authors have them."""
@@ -59,14 +60,16 @@ def lpips(ours: Frames, reference: Frames, weights: Path) -> list[float]:
     Raises:
         BadInput: the file is none of the two networks.
     """
-    tensors, network = _load(weights)
+    tensors, network = load_network(weights)
+    if min(ours.shape[1:3]) < LEAST_PX:
+        raise UsageError(f"LPIPS needs sides of {LEAST_PX} px at least, and the videos are smaller.")
     return [
         _distance(_features(a, tensors, network), _features(b, tensors, network), tensors)
         for a, b in zip(ours, reference, strict=True)
     ]
 
 
-def _load(weights: Path) -> tuple[Mapping[str, Tensor], Network]:
+def load_network(weights: Path) -> tuple[Mapping[str, Tensor], Network]:
     try:
         tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
     except (OSError, SafetensorError) as error:
@@ -76,11 +79,22 @@ def _load(weights: Path) -> tuple[Mapping[str, Tensor], Network]:
     for network in (VGG, ALEX):
         names = {f"features.{place}.{part}" for place in network.convolutions for part in ("weight", "bias")}
         names |= {f"lin{n}.model.1.weight" for n in range(len(network.read))}
-        if names <= tensors.keys():
+        if names <= tensors.keys() and _chained(tensors, network):
             return tensors, network
     raise BadInput(
         f"{weights} holds neither AlexNet nor VGG-16 with LPIPS's layers: it needs features.N.weight and .bias "
         "under torchvision's names, and lin0 to lin4.model.1.weight."
+    )
+
+
+def _chained(tensors: Mapping[str, Tensor], network: Network) -> bool:
+    """Whether every convolution takes what the one before gives, and every layer's weights what is read of it."""
+    shapes = [tensors[f"features.{place}.weight"].shape for place in network.convolutions]
+    into = [3, *(shape[0] for shape in shapes)]
+    read = [shapes[network.convolutions.index(place)][0] for place in network.read]
+    layers = [tensors[f"lin{n}.model.1.weight"].shape for n in range(len(read))]
+    return all(len(shape) == 4 and shape[1] == given for shape, given in zip(shapes, into, strict=False)) and all(
+        tuple(shape) == (1, width, 1, 1) for shape, width in zip(layers, read, strict=True)
     )
 
 

@@ -14,6 +14,8 @@ BLACK_LEVEL = 8
 """Grey level, of 255, under which nothing is seen."""
 SAME_LEVELS = 0.1
 """Mean difference of two frames, grey levels, under which they are one."""
+FROZEN_LEVELS = 0.3
+"""The same, mean over a video, under which nothing moves in it: an encoder stirs a frozen one by less."""
 FLAT_LEVELS = 1.0
 """Deviation inside a frame, grey levels, under which it shows nothing."""
 
@@ -28,16 +30,15 @@ def findings(frames: npt.NDArray[np.uint8] | npt.NDArray[np.floating]) -> list[s
         if broken := _numbers(~np.isfinite(frames).all((1, 2, 3))):
             return [f"not numbers (NaN or infinity): {broken}"]
         frames = frames * 255
-    frames = frames.astype(np.float32)
     found = []
     black = frames.max((1, 2, 3)) <= BLACK_LEVEL
-    flat = (frames.std((1, 2)).max(1) < FLAT_LEVELS) & ~black
+    flat = np.array([frame.std((0, 1)).max() < FLAT_LEVELS for frame in frames]) & ~black
     for word, which in (("black", black), ("of one colour", flat)):
         if listed := _numbers(which):
             found.append(f"{word}: {listed}")
     if len(frames) > 1:
-        changes = np.array([np.abs(b - a).mean() for a, b in pairwise(frames)])
-        if (changes < SAME_LEVELS).all():
+        changes = np.array([np.abs(b.astype(np.float32) - a).mean() for a, b in pairwise(frames)])
+        if changes.mean() < FROZEN_LEVELS:
             found.append(f"frozen: all {len(frames)} frames are the same")
         elif listed := _numbers(np.array([False, *(changes < SAME_LEVELS)])):
             found.append(f"the same as the one before: {listed}")

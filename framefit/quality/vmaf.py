@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-from framefit.errors import FramefitError, UsageError
+from framefit.errors import UsageError
 from framefit.quality.fidelity import Frames
 
-__all__ = ["MS_SSIM_MIN_PX", "ms_ssim", "vmaf"]
+__all__ = ["MS_SSIM_MIN_PX", "VMAF_MIN_PX", "ms_ssim", "vmaf"]
 
 MS_SSIM_MIN_PX = 176
 """libvmaf halves the picture four times, under a window of 11."""
+VMAF_MIN_PX = 32
+"""libvmaf crashes on smaller ones."""
 TO_YUV = "scale=out_color_matrix=bt709:out_range=limited,format=yuv420p"
 
 
 def vmaf(ours: Frames, reference: Frames) -> list[float]:
-    """Of each frame, 0 to 100; equal videos come out a little under 100."""
+    """Of each frame, 0 to 100; equal videos come out a little under 100.
+
+    Raises:
+        UsageError: a side is shorter than `VMAF_MIN_PX`.
+    """
+    _check_size(ours, "VMAF", VMAF_MIN_PX)
     return [frame["vmaf"] for frame in _measured(ours, reference, "model=version=vmaf_v0.6.1")]
 
 
@@ -32,21 +40,21 @@ def ms_ssim(ours: Frames, reference: Frames) -> list[float]:
     Raises:
         UsageError: a side is shorter than `MS_SSIM_MIN_PX`.
     """
-    height, width = ours.shape[1:3]
-    if min(height, width) < MS_SSIM_MIN_PX:
-        raise UsageError(f"MS-SSIM needs sides of {MS_SSIM_MIN_PX} px at least, and the videos are {width}x{height}.")
+    _check_size(ours, "MS-SSIM", MS_SSIM_MIN_PX)
     return [frame["float_ms_ssim"] for frame in _measured(ours, reference, "feature=name=float_ms_ssim")]
+
+
+def _check_size(frames: Frames, metric: str, least_px: int) -> None:
+    height, width = frames.shape[1:3]
+    if min(height, width) < least_px:
+        raise UsageError(f"{metric} needs sides of {least_px} px at least, and the videos are {width}x{height}.")
 
 
 def _measured(ours: Frames, reference: Frames, what: str) -> list[dict[str, float]]:
     """libvmaf's figures for each frame."""
-    try:
-        from imageio_ffmpeg import get_ffmpeg_exe
-    except ImportError:
-        raise UsageError("VMAF and MS-SSIM need imageio-ffmpeg: pip install 'framefit[quality]'.") from None
     _, height, width, _ = ours.shape
     with tempfile.TemporaryDirectory() as folder:
-        command = [get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-v", "error"]
+        command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error"]
         for name, frames in (("ours", ours), ("reference", reference)):
             frames.tofile(Path(folder) / name)
             command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "25", "-i", name]
@@ -54,6 +62,20 @@ def _measured(ours: Frames, reference: Frames, what: str) -> list[dict[str, floa
         command += ["-lavfi", f"[0:v]{TO_YUV}[a];[1:v]{TO_YUV}[b];[a][b]{measure}", "-f", "null", "-"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise FramefitError(f"ffmpeg could not measure VMAF: {done.stderr.strip() or done.returncode}")
+            raise UsageError(f"this ffmpeg cannot measure it ({done.stderr.strip() or done.returncode}).")
         frames_found = json.loads((Path(folder) / "log").read_text())["frames"]
     return [frame["metrics"] for frame in frames_found]
+
+
+def _ffmpeg() -> str:
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+    except ImportError:
+        raise UsageError("VMAF and MS-SSIM need imageio-ffmpeg: pip install 'framefit[quality]'.") from None
+    try:
+        program: str = get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise UsageError(f"VMAF and MS-SSIM need imageio-ffmpeg's ffmpeg ({error}).") from None
+    if not shutil.which(program):
+        raise UsageError(f"VMAF and MS-SSIM need ffmpeg, and {program} cannot be run.")
+    return program
