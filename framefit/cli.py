@@ -43,6 +43,20 @@ def _setting(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    number = text.rstrip("KMGiB")
+    unit = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}.get(text[len(number) :])
+    if unit is None or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 64MiB")
+    return int(number) * unit
+
+
 FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "prompt": (("-p", "--prompt"), {"metavar": "TEXT"}),
     "model": (("-m", "--model"), {"metavar": "MODEL"}),
@@ -133,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     rerun.add_argument("-m", "--model", metavar="MODEL", help="the model, likewise")
     rerun.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     _output_flags(rerun)
+    _bench_flags(_command(names, "bench", commands.bench, "measure a model's work, technique by technique"))
     return top
 
 
@@ -149,6 +164,26 @@ def _command(names: Any, name: str, command: Command | None, help: str) -> argpa
         added.set_defaults(command=command)
         added.add_argument("--json", action="store_true", help="print one JSON object")
     return added
+
+
+def _bench_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("names", nargs="*", metavar="NAME", help="scenarios, or groups of them")
+    command.add_argument("--list", action="store_true", help="show the scenarios")
+    command.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="where NAME.json, .md and .png go")
+    command.add_argument("--overwrite", action="store_true", help="replace them if they exist")
+    command.add_argument(
+        "--rows", nargs="+", metavar="ROW",
+        help="stock, framefit, cache-dit, or settings as in guidance=apart (default: all that apply)",
+    )  # fmt: skip
+    command.add_argument("--weights", metavar="MODEL", help="random, a model id or a local folder")
+    command.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    command.add_argument("--repeats", type=_count, metavar="N", help="measured calls a row (default: 5, by length)")
+    command.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two results of one scenario: is NEW worse?"
+    )
+    command.add_argument("--percent", type=float, default=5.0, metavar="P", help="with --compare: noise, in %% (5)")
+    command.add_argument("--seconds", type=float, default=0.005, metavar="S", help="likewise in seconds (0.005)")
+    command.add_argument("--bytes", type=_bytes, default="64MiB", metavar="SIZE", help="likewise in bytes (64MiB)")
 
 
 def _request_flags(command: argparse.ArgumentParser) -> None:

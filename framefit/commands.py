@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from framefit import __version__
-from framefit.errors import DoesNotFit, UsageError
+from framefit.errors import DoesNotFit, FramefitError, UsageError
 from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
 """The photo for a first try."""
 
-__all__ = ["doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "rerun", "run"]
+__all__ = ["bench", "doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "rerun", "run"]
 
 
 def run(flags: Namespace) -> None:
@@ -192,6 +192,67 @@ def inspect(flags: Namespace) -> None:
     if seen["parameters"] is not None:
         text += "\n" + json.dumps(seen["parameters"], ensure_ascii=False, indent=2)
     _finish(seen, flags, text)
+
+
+def bench(flags: Namespace) -> int:
+    from framefit.bench import GROUPS, SCENARIOS
+
+    if flags.compare:
+        if flags.names:
+            raise UsageError(f"--compare reads two results, and measures no {flags.names[0]}: leave one of them out.")
+        return _bench_compare(flags)
+    if flags.list:
+        rows = [("name", "group", "work", "note"), *((s.name, s.group, s.title, s.note) for s in SCENARIOS.values())]
+        _finish({"scenarios": [s.to_json() for s in SCENARIOS.values()], "groups": GROUPS}, flags, _table(rows))
+        return 0
+    if not flags.names:
+        raise UsageError("a scenario is needed, as in framefit bench tiny (framefit bench --list shows all).")
+    return _bench_measure(flags)
+
+
+def _bench_measure(flags: Namespace) -> int:
+    from framefit.bench import measure, report, scenarios, variants
+
+    chosen = scenarios.choose(flags.names)
+    for scenario in chosen:
+        scenario.checkpoint(flags.weights or scenario.weights)
+    rows = variants.parse(flags.rows) if flags.rows else None
+    if flags.output:
+        report.check_outputs(flags.output, [s.name for s in chosen], overwrite=flags.overwrite)
+    results, failed = [], False
+    for scenario in chosen:
+        print(f"{scenario.name}: {scenario.title}", file=sys.stderr, flush=True)
+        try:
+            result = measure(
+                scenario, variants=rows, device=flags.device or "auto", weights=flags.weights, repeats=flags.repeats,
+                on_row=lambda row: print(f"  {report.line(row)}", file=sys.stderr, flush=True),
+            )  # fmt: skip
+        except FramefitError as error:  # one scenario that cannot be measured must not lose the others
+            print(f"framefit: {scenario.name}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        if flags.output and (problem := report.write(result, flags.output)):
+            print(f"note: {problem}", file=sys.stderr)
+        results.append(result)
+    _finish({"results": [r.to_json() for r in results]}, flags, "\n".join(report.markdown(r) for r in results))
+    return int(failed or any(row.status == "failed" for result in results for row in result.rows))
+
+
+def _bench_compare(flags: Namespace) -> int:
+    from framefit.bench import regression
+    from framefit.bench.result import read
+
+    thresholds = regression.Thresholds(share=flags.percent / 100, seconds=flags.seconds, bytes=flags.bytes)
+    old, new = flags.compare
+    changes = regression.compare(read(old), read(new), thresholds)
+    rows = [
+        (c.row, c.figure, c.old, c.new, "" if c.share is None else f"{c.share:+.1%}", "WORSE" if c.regression else "")
+        for c in changes
+    ]
+    worse = any(change.regression for change in changes)
+    facts = {"regression": worse, "changes": [asdict(change) for change in changes]}
+    _finish(facts, flags, _table([("row", "figure", "old", "new", "change", ""), *rows]))
+    return int(worse)
 
 
 def _finish(facts: dict[str, Any], flags: Namespace, text: str) -> None:

@@ -26,6 +26,7 @@ RANKS = (
     {"planning"},
     {"pipeline"},
     {"run", "recipe"},
+    {"bench"},
     {"cli", "commands", "progress", "__main__"},
 )
 """Room -> rank by position. A room imports rooms of a lower rank, and inside itself."""
@@ -36,7 +37,7 @@ WITHIN = {
     # a run writes the recipe that a rerun reads
     **dict.fromkeys(RANKS[5], "run"),
     # the command line is one room in three files
-    **dict.fromkeys(RANKS[6], "cli"),
+    **dict.fromkeys(RANKS[-1], "cli"),
 }
 
 
