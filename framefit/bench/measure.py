@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,11 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "stock.pt"
         for variant in _order(scenario, variants, lambda: told.get("plan", {})):
-            known = reference.exists()
-            job = Job(
-                scenario=scenario, variant=variant, device=device, weights=weights, repeats=repeats,
-                output="" if known or variant != STOCK else str(reference), reference=str(reference) if known else "",
-            )  # fmt: skip
+            job = Job(scenario=scenario, variant=variant, device=device, weights=weights, repeats=repeats)
+            if reference.exists():
+                job = replace(job, reference=str(reference))
+            elif variant == STOCK and (variants is None or len(variants) > 1):
+                job = replace(job, output=str(reference))
             reply = _perform(job)
             told.update({name: reply[name] for name in ("plan", "facts") if name in reply and name not in told})
             rows.append(reply["row"])

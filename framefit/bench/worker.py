@@ -139,7 +139,7 @@ def _measure(job: Job, row: Checkpoint, plan: Plan) -> Row:
     phases = {phase.name: phase for phase in ledger.close()}
     if job.output:
         torch.save(_tensor(output), job.output)
-    ours = variant.engine == "framefit"
+    ours, measured = variant.engine == "framefit", {"weights_bytes": weights_bytes}
     return Row(
         name=variant.name,
         status="measured",
@@ -151,8 +151,8 @@ def _measure(job: Job, row: Checkpoint, plan: Plan) -> Row:
         peak_allocated_bytes=phases["repeats"].peak_bytes,
         peak_reserved_bytes=reserved,
         flops=flops or None,
-        predicted={name: value for name, value in asdict(plan.estimate).items() if name != "free_bytes"},
-        measured={"weights_bytes": weights_bytes},
+        predicted={name: value for name, value in asdict(plan.estimate).items() if name in measured},
+        measured=measured,
         quality=compare(_tensor(output), torch.load(job.reference)) if job.reference else {},
     )
 
@@ -266,7 +266,8 @@ def _sentence(error: Exception, job: Job) -> str:
     if isinstance(error, FramefitError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return f"{job.device} ran out of memory."
+        work = job.scenario
+        return f"out of memory at {work.width}x{work.height}, {work.num_frames} frames."
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
