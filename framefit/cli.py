@@ -45,7 +45,7 @@ def _setting(text: str) -> tuple[str, str]:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
     return int(text)
 
 
@@ -119,6 +119,19 @@ def parser() -> argparse.ArgumentParser:
     _request_flags(plan)
     _option_flags(plan)
 
+    profile = _command(names, "profile", commands.profile, "show where a run's time and memory go, phase by phase")
+    _request_flags(profile)
+    _option_flags(profile)
+    profile.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER",
+        help="folder for the trace, the pictures and the figures (default: outputs/profile_<time>)",
+    )  # fmt: skip
+    profile.add_argument("--overwrite", action="store_true", help="write into FOLDER although it is not empty")
+    profile.add_argument(
+        "--profile-steps", type=_count, default=2, metavar="N", help="steps to watch of each expert (default 2)"
+    )
+    profile.add_argument("--fresh-ceilings", action="store_true", help="measure what the device does at best again")
+
     models = _command(names, "models", None, "list, fetch and check models").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -178,6 +191,7 @@ def _bench_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--weights", metavar="MODEL", help="random, a model id or a local folder")
     command.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     command.add_argument("--repeats", type=_count, metavar="N", help="measured calls a row (default: 5, by length)")
+    command.add_argument("--profile", action="store_true", help="show where the time of a call goes, too")
     command.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two results of one scenario: is NEW worse?"
     )
@@ -227,4 +241,7 @@ def _output_flags(command: argparse.ArgumentParser) -> None:
         help="seconds between checkpoints (default: each step)",
     )
     command.add_argument("--no-checkpoint", action="store_true", help="keep none: a crash loses the run")
+    command.add_argument(
+        "--log-every", type=int, default=10, metavar="N", help="steps between two lines of time and memory (default 10)"
+    )
     command.add_argument("--preview", type=Path, metavar="FILE", help="PNG that shows the middle frame after each step")

@@ -6,6 +6,7 @@ Imports are inside the functions: `framefit --help` must not wait for torch.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -19,12 +20,16 @@ from framefit.errors import DoesNotFit, FramefitError, UsageError
 from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
+    from framefit.families import Checkpoint
+    from framefit.plan import Plan
     from framefit.report import Report
 
 PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
 """The photo for a first try."""
 
-__all__ = ["bench", "doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "rerun", "run"]
+__all__ = [
+    "bench", "doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "profile", "rerun", "run",
+]  # fmt: skip
 
 
 def run(flags: Namespace) -> None:
@@ -60,18 +65,9 @@ def rerun(flags: Namespace) -> None:
 
 
 def plan(flags: Namespace) -> int:
-    from framefit.run import Options, check_fits, prepare
+    from framefit.run import check_fits
 
-    if flags.prompt is None:
-        flags.prompt = "(no prompt)"
-    checkpoint, plan = prepare(
-        _request(flags),
-        Options(
-            device=flags.device or "auto", preset=flags.preset, precision=flags.precision,
-            settings=dict(flags.settings),
-            checkpoints=None,
-        ),
-    )  # fmt: skip
+    checkpoint, plan = _prepared(flags)
     request, reasons = plan.request, plan.reasons
     rows = [
         ("model", f"{checkpoint.id} ({checkpoint.title})", ""),
@@ -98,6 +94,30 @@ def plan(flags: Namespace) -> int:
         print(f"framefit: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def profile(flags: Namespace) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer tells stderr when it starts and stops
+    from framefit.families import hub
+    from framefit.pipeline import load
+    from framefit.profiling import measure, profile
+    from framefit.profiling.profile import check_folder
+    from framefit.profiling.table import rows, summary
+    from framefit.progress import quiet_libraries
+    from framefit.run import check_fits
+
+    folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
+    checkpoint, plan = _prepared(flags)
+    hub.locate(checkpoint)
+    check_fits(plan)
+    check_folder(folder, overwrite=flags.overwrite)
+    quiet_libraries()
+    print("what this device does at best ...", file=sys.stderr)
+    ceilings = measure(plan.device.id, fresh=flags.fresh_ceilings)
+    print("load, then every phase four times ...", file=sys.stderr)
+    result = profile(load(plan, checkpoint), folder, ceilings, steps=flags.profile_steps)
+    text = [_table(rows(result)), "", *summary(result)]
+    _finish(result.to_json(), flags, "\n".join(text))
 
 
 def models_ls(flags: Namespace) -> None:
@@ -225,6 +245,7 @@ def _bench_measure(flags: Namespace) -> int:
         try:
             result = measure(
                 scenario, variants=rows, device=flags.device or "auto", weights=flags.weights, repeats=flags.repeats,
+                profile=flags.profile,
                 on_row=lambda row: print(f"  {report.line(row)}", file=sys.stderr, flush=True),
             )  # fmt: skip
         except FramefitError as error:  # one scenario that cannot be measured must not lose the others
@@ -279,6 +300,19 @@ def _request(flags: Namespace) -> Request:
     model = {} if flags.model is None else {"model": flags.model}
     loras = tuple(Lora.parse(text) for text in flags.loras or ())
     return Request(image=flags.image or PHOTO, width=width, height=height, loras=loras, **fields, **model)
+
+
+def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
+    """The row and the plan of the flags; without a prompt, one that says so."""
+    from framefit.run import Options, prepare
+
+    if flags.prompt is None:
+        flags.prompt = "(no prompt)"
+    options = Options(
+        device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
+        checkpoints=None,
+    )  # fmt: skip
+    return prepare(_request(flags), options)
 
 
 def _refuse_with_resume(flags: Namespace) -> None:

@@ -192,6 +192,11 @@ class Pipeline:
             except NotFinite as error:
                 self._to_fp32(("vae",), error)
 
+    def experts(self) -> tuple[str, ...]:
+        """Who denoises at each step of the request."""
+        schedule = self._schedule()
+        return tuple(self._expert(t, schedule)[0] for t in schedule.timesteps)
+
     def _photo(self, path: Path) -> Image.Image:
         request = self.plan.request
         return photo.fit(photo.load(path), request.width, request.height, request.fit)

@@ -19,7 +19,7 @@ from framefit.errors import BadInput, UsageError
 from framefit.pipeline import Step
 from framefit.run import Options
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "quiet_libraries"]
 
 
 class Progress:
@@ -40,17 +40,21 @@ class Progress:
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
         handler = logging.StreamHandler(_Console())
-        handler.setFormatter(logging.Formatter("note: %(message)s"))
-        logging.getLogger("framefit").addHandler(handler)
-        self._handler = handler
-        _quiet_libraries()
+        handler.setFormatter(_Lines())
+        log = logging.getLogger("framefit")
+        self._handler, self._level = handler, log.level
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        quiet_libraries()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.signal(signal.SIGINT, self._previous)
-        logging.getLogger("framefit").removeHandler(self._handler)
+        log = logging.getLogger("framefit")
+        log.removeHandler(self._handler)
+        log.setLevel(self._level)
         if self._bar is not None:
             self._bar.close()
 
@@ -63,6 +67,7 @@ class Progress:
             overwrite=flags.overwrite,
             checkpoints=None if flags.no_checkpoint else flags.checkpoint_dir or default_root(),
             checkpoint_every_s=flags.checkpoint_every,
+            log_every=flags.log_every,
             on_step=self._on_step,
             on_phase=self._on_phase,
             cancelled=lambda: self._stop,
@@ -89,6 +94,13 @@ class Progress:
         self._stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _say("stopping after this step; press Ctrl-C again to stop at once.")
+
+
+class _Lines(logging.Formatter):
+    """What the user should know is a note; how far the run is, a plain line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return ("note: " if record.levelno >= logging.WARNING else "") + super().format(record)
 
 
 class _Console:
@@ -124,7 +136,7 @@ def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Their bars and advice are about their own pipelines; errors still come through."""
     import diffusers
     import transformers

@@ -18,7 +18,7 @@ from framefit.device import Device
 from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, DoesNotFit, FramefitError, UsageError
 from framefit.families import Checkpoint, find, hub, lora
 from framefit.families.files import fingerprint
-from framefit.ledger import Ledger
+from framefit.ledger import Ledger, StepLog
 from framefit.pipeline import Step, load
 from framefit.plan import Plan
 from framefit.planning import choose
@@ -51,6 +51,8 @@ class Options:
     """Where step checkpoints go; None: none are kept, and a crash loses the run."""
     checkpoint_every_s: float = 0.0
     """Least seconds between two checkpoints; 0: every step."""
+    log_every: int = 10
+    """Steps between two lines of seconds and memory in the log "framefit", at INFO; 0: none."""
     on_step: Callable[[Step], None] = lambda step: None
     on_phase: Callable[[str], None] = lambda name: None
     cancelled: Callable[[], bool] = lambda: False
@@ -58,6 +60,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.crf is not None and not 0 <= self.crf <= 51:
             raise UsageError(f"--crf is {self.crf}, and must be from 0 to 51.")
+        if self.log_every < 0:
+            raise UsageError(f"--log-every is {self.log_every}, and must be 0 (never) or more steps.")
         if not self.checkpoint_every_s >= 0:
             raise UsageError(f"--checkpoint-every is {self.checkpoint_every_s:g}, and must be 0 or more seconds.")
 
@@ -173,7 +177,9 @@ def _execute(
     try:
         with _finishing(writer):
             pipeline = load(plan, checkpoint, ledger)
-            frames = pipeline.run(state=state, on_step=options.on_step, save=writer, cancelled=options.cancelled)
+            frames = pipeline.run(
+                state=state, on_step=_listening(plan, options), save=writer, cancelled=options.cancelled
+            )
             if writer:
                 writer.wait()
             with ledger.phase("write"):
@@ -209,6 +215,17 @@ def _check_output(plan: Plan, output: Path, options: Options) -> None:
         height=request.height,
         num_frames=request.num_frames,
     )
+
+
+def _listening(plan: Plan, options: Options) -> Callable[[Step], None]:
+    """The log, and whoever else listens."""
+    log = StepLog(plan.device.id, options.log_every)
+
+    def on_step(step: Step) -> None:
+        log(step.index, step.total, step.seconds)
+        options.on_step(step)
+
+    return on_step
 
 
 def _writer(run: RunFolder, total: int, options: Options) -> Writer:

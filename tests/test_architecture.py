@@ -25,7 +25,7 @@ RANKS = (
     {"passes", "testing"},
     {"planning"},
     {"pipeline"},
-    {"run", "recipe"},
+    {"run", "recipe", "profiling"},
     {"bench"},
     {"cli", "commands", "progress", "__main__"},
 )
@@ -35,7 +35,7 @@ WITHIN = {
     # the nouns are one room: a plan holds a request and a device, and all of them raise errors
     **dict.fromkeys(RANKS[0], "nouns"),
     # a run writes the recipe that a rerun reads
-    **dict.fromkeys(RANKS[5], "run"),
+    **dict.fromkeys(("run", "recipe"), "run"),
     # the command line is one room in three files
     **dict.fromkeys(RANKS[-1], "cli"),
 }

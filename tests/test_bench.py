@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,14 @@ SMALL_DECODES = [
     Scenario(name=id, model=id, kind="decode", width=96, height=64, num_frames=5, small=True)
     for id in ("wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl")
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The device's ceilings are filed in a user's state folder of our own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.mark.parametrize("name", [*TFLOP, *MORE])
@@ -102,6 +111,14 @@ def test_a_setting_is_measured_with_the_maths_it_makes(tmp_path: Path) -> None:
     assert row.settings == {"guidance": "together"}
     assert row.tier == "exact"
     assert 0 < row.quality["relative_l2"] < 1e-5
+
+
+def test_a_profiled_row_says_where_its_time_goes(tmp_path: Path) -> None:
+    job = Job(scenario=SCENARIOS["tiny-wan"], variant=FRAMEFIT, weights="random", repeats=1, profile=True)
+    found = run(job)
+    assert found.profile["kinds"]["matmul"]["seconds"] > 0
+    assert found.profile["kinds"]["attention"]["of_ceiling"] > 0
+    assert "| framefit | attention |" in report.markdown(waterfall(found))
 
 
 def test_local_weights_are_measured(tiny: Any, tmp_path: Path) -> None:
@@ -180,6 +197,7 @@ def test_from_the_command_line_to_the_picture(tmp_path: Path, capsys: pytest.Cap
     result = read(file)
     assert [row.status for row in result.rows] == ["measured"]
     assert result.rows[0].peak_allocated_bytes > 2**26
+    assert 0 < result.share(result.rows[0]) < 1
     assert out == (tmp_path / "tiny-i2vgen.md").read_text() + "\n"
     assert (tmp_path / "tiny-i2vgen.png").read_bytes().startswith(b"\x89PNG")
     assert exit_code(command) == 3

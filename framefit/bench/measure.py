@@ -31,6 +31,7 @@ def measure(
     device: str = "auto",
     weights: str | None = None,
     repeats: int | None = None,
+    profile: bool = False,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Result:
     """The waterfall of one scenario. A row that fails is a row with its reason; the others go on.
@@ -40,6 +41,7 @@ def measure(
         device: auto, cpu, cuda or cuda:N.
         weights: "random", or a model id or folder; None: the scenario's own.
         repeats: measured calls a row; None: five, more where they are short, fewer where they are long.
+        profile: whether one more call of each row is broken down by kind of work.
         on_row: called with each row when it is done.
 
     Raises:
@@ -51,7 +53,9 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "stock.pt"
         for variant in _order(scenario, variants, lambda: told.get("plan", {})):
-            job = Job(scenario=scenario, variant=variant, device=device, weights=weights, repeats=repeats)
+            job = Job(
+                scenario=scenario, variant=variant, device=device, weights=weights, repeats=repeats, profile=profile
+            )  # fmt: skip
             if reference.exists():
                 job = replace(job, reference=str(reference))
             elif variant == STOCK and (variants is None or len(variants) > 1):
@@ -63,7 +67,7 @@ def measure(
     if not told:
         raise FramefitError(rows[0].because)
     return Result(
-        scenario=scenario, weights=weights, rows=tuple(rows), ceiling_flops=None,
+        scenario=scenario, weights=weights, rows=tuple(rows),
         date=datetime.now(UTC).isoformat(timespec="seconds"), **told["facts"],
     )  # fmt: skip
 

@@ -55,11 +55,17 @@ def markdown(result: Result) -> str:
     """Heading, machine, one line a row, and whatever was not measured with its reason."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
     rows += [_cells(result, row) for row in result.rows if row.seconds]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     rest = [f"- {row.name}: {row.status}, {row.because}" for row in result.rows if not row.seconds]
     if told := _drift(result):
         rest.append(f"- {told}")
-    parts = [f"# {result.scenario.name}", _title(result), _machine(result), table, "\n".join(rest)]
+    parts = [
+        f"# {result.scenario.name}",
+        _title(result),
+        _machine(result),
+        _table(rows),
+        "\n".join(rest),
+        _profiles(result),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -129,6 +135,26 @@ def _label(axes: Any, text: str, x: float, y: float, *, fontsize: int = 10, colo
     axes.annotate(
         text, (x, y), (8, 0), textcoords="offset points", va="center", fontsize=fontsize, color=color, bbox=white
     )  # fmt: skip
+
+
+def _profiles(result: Result) -> str:
+    """With --profile, a line for each kind of work of each row."""
+    heading = ("row", "kind of work", "device time", "share", "TFLOP/s", "GB/s", "of ceiling", "launches")
+    lines = [heading, tuple("---" for _ in heading)]
+    for row in result.rows:
+        for kind, cost in row.profile.get("kinds", {}).items():
+            lines.append(
+                (
+                    row.name, kind, _seconds(cost["seconds"]), _or_dash(cost["share"], "{:.1%}"),
+                    f"{cost['tflops']:.3g}", f"{cost['gb_per_s']:.3g}", _or_dash(cost["of_ceiling"], "{:.0%}"),
+                    f"{cost['launches']:.0f}",
+                )
+            )  # fmt: skip
+    return _table(lines) if len(lines) > 2 else ""
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _title(result: Result) -> str:

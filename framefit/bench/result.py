@@ -48,6 +48,8 @@ class Row:
     """The same fields as they turned out."""
     quality: Mapping[str, float | None] = field(default_factory=dict)
     """Against stock's output: relative_l2, max_abs, psnr_db (decodes; None: equal)."""
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    """Where the time of one call went, as `framefit.profiling.Breakdown` tells it; empty: it was not asked for."""
 
     @property
     def median_s(self) -> float:
@@ -81,7 +83,7 @@ class Result:
     """ISO 8601, UTC, to the second."""
     versions: Mapping[str, str]
     ceiling_flops: float | None
-    """Floating-point operations a second that the device reaches at best in this precision; None: not measured."""
+    """Operations a second of a large matmul in this precision, as measured on this device; None: not measured."""
     rows: tuple[Row, ...]
     threads: int | None = None
     """Of a CPU; None on a card."""

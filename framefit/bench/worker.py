@@ -21,7 +21,6 @@ from typing import Any, Self, get_args
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from framefit import __version__
 from framefit.bench import inputs, peers, stock
@@ -40,6 +39,8 @@ from framefit.passes import apply_all
 from framefit.pipeline import PRECISIONS, Pipeline
 from framefit.plan import Plan, Tier
 from framefit.planning import choose
+from framefit.profiling import breakdown, ceilings
+from framefit.profiling.counts import Tally, count
 from framefit.request import Request
 from framefit.schedule import Schedule
 from framefit.testing import random_parts, randomise
@@ -55,8 +56,6 @@ SHORT_S = 1.0
 """More calls than USUAL are made until this long, so that the median of a short one holds."""
 WARM_S = 3.0
 """A second or third warm-up call is begun before this long."""
-
-Shape = tuple[int, ...]
 
 Call = Callable[[], Any]
 """One run of the work: a prediction, or frames."""
@@ -77,6 +76,8 @@ class Job:
     """File that the output tensor is kept in; empty: it is not kept."""
     reference: str = ""
     """File of the output that this one's quality is measured against; empty: it is not."""
+    profile: bool = False
+    """Whether one more call is profiled."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -154,6 +155,7 @@ def _measure(job: Job, row: Checkpoint, plan: Plan) -> Row:
         predicted={name: value for name, value in asdict(plan.estimate).items() if name in measured},
         measured=measured,
         quality=compare(_tensor(output), torch.load(job.reference)) if job.reference else {},
+        profile=_profile(call, device) if job.profile else {},
     )
 
 
@@ -214,15 +216,9 @@ def _decode(job: Job, plan: Plan, parts: Parts, latents: torch.Tensor) -> Call:
 
 def _first(call: Call, device: str) -> tuple[int, float]:
     """The operations of one call, counted while it warms up, and its seconds."""
-    cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not registered by torch: counts 0
-    with FlopCounterMode(display=False, custom_mapping={cpu_flash: _attention_flops}) as counter:
-        seconds, _ = _timed(call, device, lambda done: not done)
-    return counter.get_total_flops(), seconds[0]
-
-
-def _attention_flops(query: Shape, key: Shape, value: Shape, *rest: Any, out_shape: Shape, **named: Any) -> int:
-    flops: int = sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]
-    return flops
+    tally = Tally()
+    seconds, _ = _timed(lambda: count(call, tally), device, lambda done: not done)
+    return sum(sum(counts.flops.values()) for counts in tally.phases.values()), seconds[0]
 
 
 def _more(repeats: int | None, done: Sequence[float]) -> bool:
@@ -247,14 +243,22 @@ def _timed(call: Call, device: str, more: Callable[[list[float]], bool]) -> tupl
     return tuple(seconds), output
 
 
+@torch.no_grad()
+def _profile(call: Call, device: str) -> dict[str, Any]:
+    """Where the time of one more call goes, by kind of work and share of the ceiling."""
+    return breakdown(call, device, ceilings=ceilings.measure(device)).to_json()
+
+
 def _tensor(output: Any) -> torch.Tensor:
     """On the host: a prediction, or frames (F, H, W, 3)."""
     return torch.from_numpy(np.stack(output)) if isinstance(output, list) else output.cpu()
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
-    """What the whole result says of machine and programs."""
+    """What the whole result says of machine and programs; the machine's ceilings are measured where none are filed."""
+    matmul = ceilings.measure(plan.device.id).tflops["matmul"].get(plan.precision)
     return {
+        "ceiling_flops": None if matmul is None else matmul * 1e12,
         "hardware": plan.device.name,
         "threads": torch.get_num_threads() if plan.device.id == "cpu" else None,
         "precision": plan.precision,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class Ledger:
     notices: list[str] = field(default_factory=list)
     on_enter: Callable[[str], None] = lambda name: None
     """Hears the name of a phase when it is entered for the first time."""
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext
+    """Makes a context that every phase runs in, from its name; a profiler marks phases so."""
     last: str = ""
     """The phase that is running, or ran last."""
     _open: list[str] = field(default_factory=list)
@@ -40,6 +42,11 @@ class Ledger:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Book the time and memory of the block on `name`; re-entering adds up."""
+        with self.around(name), self._booked(name):
+            yield
+
+    @contextmanager
+    def _booked(self, name: str) -> Iterator[None]:
         if name not in self.phases:
             self.on_enter(name)
             self.phases[name] = Phase(name)

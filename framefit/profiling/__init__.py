@@ -1,0 +1,15 @@
+"""Where the time goes: by phase and by kind of work, beside what this device can do at best; traces and pictures.
+
+trace      one call under torch.profiler -> pieces of device work, each with its phase, its module and its kind
+counts     the same call under a dispatch mode -> FLOPs and bytes by kind
+breakdown  both together -> seconds, TFLOP/s, GB/s and share of the ceiling by kind
+profile    a pipeline's phases, and the files: Chrome trace, flame graph, memory timeline
+"""
+
+from __future__ import annotations
+
+from framefit.profiling.breakdown import Breakdown, Cost, breakdown
+from framefit.profiling.ceilings import Ceilings, measure
+from framefit.profiling.profile import Profile, profile
+
+__all__ = ["Breakdown", "Ceilings", "Cost", "Profile", "breakdown", "measure", "profile"]

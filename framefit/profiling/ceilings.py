@@ -1,0 +1,200 @@
+"""What this device does at best: matmul, attention and convolution by precision, memory, copies to and from the host.
+
+Measured in a few seconds by the same torch calls that models make, best of several, and filed by device, torch and
+threads: a share of the ceiling compares a run with what this machine was seen to do, not with a data sheet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from framefit.checkpoint import default_root
+from framefit.device import Device
+from framefit.profiling.counts import Counts
+from framefit.profiling.kinds import Kind
+
+__all__ = ["Ceilings", "measure"]
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BUDGET_S = 0.1
+"""For one rate, after the first, untimed call."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ceilings:
+    """The best rates seen on one device."""
+
+    device: str
+    """Its name, and where the CPU computes the number of threads."""
+    torch: str
+    tflops: Mapping[str, Mapping[str, float]]
+    """Kind -> precision -> TFLOP/s, for "matmul", "attention" and "convolution"."""
+    memory_gb_per_s: float
+    """Read and written by a copy on the device."""
+    host_to_device_gb_per_s: float | None
+    """From and to pinned memory; None on the CPU."""
+    device_to_host_gb_per_s: float | None
+
+    def seconds(self, kind: Kind, counts: Counts) -> float | None:
+        """How long this kind's share of `counts` takes at these rates; None where there is no rate for it."""
+        if kind == "elementwise":
+            return counts.bytes["elementwise"] / self.memory_gb_per_s / 1e9
+        if kind == "transfer":
+            ways = [self.copy_seconds(way, counts.bytes[way]) for way in ("host_to_device", "device_to_host")]
+            return sum(way for way in ways if way is not None) if any(ways) else None
+        rates = self.tflops[kind]
+        flops = {precision: n for (of, precision), n in counts.flops.items() if of == kind}
+        if not flops or not flops.keys() <= rates.keys():
+            return None
+        return sum(n / rates[precision] / 1e12 for precision, n in flops.items())
+
+    def copy_seconds(self, way: str, bytes: int) -> float | None:
+        """For `bytes` "host_to_device" or "device_to_host"."""
+        rates = {"host_to_device": self.host_to_device_gb_per_s, "device_to_host": self.device_to_host_gb_per_s}
+        rate = rates.get(way)
+        return bytes / rate / 1e9 if rate else None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(**data)
+
+
+def measure(device: str, *, fresh: bool = False, file: Path | None = None) -> Ceilings:
+    """The ceilings of `device` ("cpu" or "cuda:N"): filed ones, or measured now, which takes a few seconds.
+
+    Args:
+        fresh: measure although there are filed ones.
+        file: where they are filed; None: `ceilings.json` in the user's state folder.
+    """
+    file = file or default_root().parent / "ceilings.json"
+    name, key = _key(device)
+    filed = _read(file)
+    if key in filed and not fresh:
+        return Ceilings.from_json(filed[key])
+    ceilings = _measure(device, name)
+    if device != "cpu":
+        torch.cuda.empty_cache()  # the model comes next
+    _write(file, _read(file) | {key: ceilings.to_json()})
+    return ceilings
+
+
+def _key(device: str) -> tuple[str, str]:
+    name = Device.detect(device).name
+    if device == "cpu":
+        name = f"{name}, {torch.get_num_threads()} threads"
+    return name, f"{name}, torch {torch.__version__}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What is filed; a file that cannot be read is measured anew."""
+    with contextlib.suppress(OSError, ValueError):
+        filed = json.loads(file.read_text(encoding="utf-8"))
+        return filed if isinstance(filed, dict) else {}
+    return {}
+
+
+def _write(file: Path, filed: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.part")
+    temporary.write_text(json.dumps(filed, indent=2), encoding="utf-8")
+    temporary.replace(file)
+
+
+@torch.no_grad()
+def _measure(device: str, name: str) -> Ceilings:
+    tflops = {
+        kind: {precision: _best(calls(device, dtype), device) for precision, dtype in PRECISIONS.items()}
+        for kind, calls in (("matmul", _matmuls), ("attention", _attentions), ("convolution", _convolutions))
+    }
+    ways = {"to": None, "from": None} if device == "cpu" else dict(_host_copies(device))
+    return Ceilings(
+        device=name, torch=torch.__version__, tflops=tflops, memory_gb_per_s=_best(_memory_copy(device), device) * 1e3,
+        host_to_device_gb_per_s=ways["to"], device_to_host_gb_per_s=ways["from"],
+    )  # fmt: skip
+
+
+Probe = tuple[float, Callable[[], object]]
+"""Amount of work in one call, and the call."""
+
+
+def _matmuls(device: str, dtype: torch.dtype) -> Iterator[Probe]:
+    side = _sized(device, dtype, card=8192, cpu=1024)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    yield 2 * side**3, lambda: a @ b
+
+
+def _attentions(device: str, dtype: torch.dtype) -> Iterator[Probe]:
+    """As long as a video's sequence on a card, at Wan's head width."""
+    tokens, heads, width = _sized(device, dtype, card=8192, cpu=1024), 16 if device != "cpu" else 4, 128
+    q, k, v = (torch.randn(1, heads, tokens, width, device=device, dtype=dtype) for _ in range(3))
+    yield 4 * heads * tokens**2 * width, lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def _convolutions(device: str, dtype: torch.dtype) -> Iterator[Probe]:
+    """In two dimensions, channels last, and in three: whichever is faster is the ceiling."""
+    channels, side = _sized(device, dtype, card=512, cpu=64), 128 if device != "cpu" else 64
+    image = torch.randn(4, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    flat = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    yield 2 * 4 * side**2 * channels**2 * 9, lambda: torch.nn.functional.conv2d(image, flat, padding=1)
+    video = torch.randn(1, channels, 4, side, side, device=device, dtype=dtype)
+    deep = torch.randn(channels, channels, 3, 3, 3, device=device, dtype=dtype)
+    yield 2 * 4 * side**2 * channels**2 * 27, lambda: torch.nn.functional.conv3d(video, deep, padding=1)
+
+
+def _memory_copy(device: str) -> Iterator[Probe]:
+    source = torch.ones(2**26 if device != "cpu" else 2**23, device=device)
+    target = torch.empty_like(source)
+    yield 2 * source.nbytes, lambda: target.copy_(source)
+
+
+def _host_copies(device: str) -> Iterator[tuple[str, float]]:
+    pinned = torch.empty(2**26, pin_memory=True)
+    on_card = torch.empty(2**26, device=device)
+    for way, target, source in (("to", on_card, pinned), ("from", pinned, on_card)):
+        call = (source.nbytes, lambda target=target, source=source: target.copy_(source, non_blocking=True))
+        yield way, _best(iter([call]), device) * 1e3
+
+
+def _sized(device: str, dtype: torch.dtype, *, card: int, cpu: int) -> int:
+    """Half precision is emulated on many CPUs, a hundred times slower than fp32."""
+    return card if device != "cpu" else cpu if dtype == torch.float32 else cpu // 4
+
+
+def _best(probes: Iterator[Probe], device: str) -> float:
+    """The highest rate of all probes, in 1e12 a second."""
+    return max(amount / _fastest(call, device) / 1e12 for amount, call in probes)
+
+
+def _fastest(call: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest call within the budget, at least three."""
+    seconds: list[float] = []
+    _timed(call, device)
+    while len(seconds) < 3 or (sum(seconds) < BUDGET_S and len(seconds) < 100):
+        seconds.append(_timed(call, device))
+    return min(seconds)
+
+
+def _timed(call: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device):
+        marks[0].record()
+        call()
+        marks[1].record()
+    marks[1].synchronize()
+    milliseconds: float = marks[0].elapsed_time(marks[1])
+    return milliseconds / 1e3
