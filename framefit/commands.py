@@ -238,7 +238,8 @@ def _bench_measure(flags: Namespace) -> int:
         scenario.checkpoint(flags.weights or scenario.weights)
     rows = variants.parse(flags.rows) if flags.rows else None
     if flags.output:
-        report.check_outputs(flags.output, [s.name for s in chosen], overwrite=flags.overwrite)
+        names = [s.name for s in chosen] + ["overview"] * (len(chosen) > 1)
+        report.check_outputs(flags.output, names, overwrite=flags.overwrite)
     results, failed = [], False
     for scenario in chosen:
         print(f"{scenario.name}: {scenario.title}", file=sys.stderr, flush=True)
@@ -255,7 +256,12 @@ def _bench_measure(flags: Namespace) -> int:
         if flags.output and (problem := report.write(result, flags.output)):
             print(f"note: {problem}", file=sys.stderr)
         results.append(result)
-    _finish({"results": [r.to_json() for r in results]}, flags, "\n".join(report.markdown(r) for r in results))
+    texts = [report.markdown(result) for result in results]
+    if len(results) > 1:
+        texts.append(report.overview(results))
+        if flags.output:
+            (flags.output / "overview.md").write_text(texts[-1], encoding="utf-8")
+    _finish({"results": [result.to_json() for result in results]}, flags, "\n".join(texts))
     return int(failed or any(row.status == "failed" for result in results for row in result.rows))
 
 

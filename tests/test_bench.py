@@ -16,12 +16,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from framefit.bench import GROUPS, SCENARIOS, Result, Row, Scenario, inputs, measure, report, stock, variants, worker
+from framefit.bench.job import Job
 from framefit.bench.quality import compare as quality
 from framefit.bench.regression import Thresholds, compare
 from framefit.bench.result import read
 from framefit.bench.scenarios import choose
 from framefit.bench.variants import FRAMEFIT, STOCK, Variant, further
-from framefit.bench.worker import Job, perform
+from framefit.bench.worker import perform
 from framefit.cli import main
 from framefit.errors import BadInput, BadOutput, FramefitError, UsageError
 from framefit.families import family_of

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from framefit.bench.job import Job
 from framefit.bench.result import Result, Row
 from framefit.bench.scenarios import Scenario
 from framefit.bench.variants import AGAIN, CACHE_DIT, FRAMEFIT, STOCK, Variant, further
-from framefit.bench.worker import Job
 from framefit.errors import FramefitError
 
 __all__ = ["measure"]

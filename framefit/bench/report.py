@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from framefit.bench.result import Result, Row
 from framefit.errors import BadOutput
 
-__all__ = ["check_outputs", "line", "markdown", "picture", "write"]
+__all__ = ["check_outputs", "line", "markdown", "overview", "picture", "write"]
 
 COLUMNS = (
     "row", "median", "min to max", "x stock", "peak", "reserved", "predicted -> measured", "TFLOP/s", "of ceiling",
@@ -67,6 +68,25 @@ def markdown(result: Result) -> str:
         _profiles(result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def overview(results: Sequence[Result]) -> str:
+    """All rows of several scenarios in one table."""
+    heading = ("scenario", "row", "median", "x stock", "peak", "reserved", "TFLOP", "TFLOP/s", "of ceiling")
+    lines = [heading, tuple("---" for _ in heading)]
+    for result in results:
+        for row in result.rows:
+            rate = result.rate(row)
+            lines.append(
+                (
+                    result.scenario.name, row.name, _seconds(row.median_s) if row.seconds else row.status,
+                    _or_dash(result.ratio(row), "{:.2f}"), _bytes(row.peak_allocated_bytes),
+                    _bytes(row.peak_reserved_bytes), "-" if row.flops is None else f"{row.flops / 1e12:.3g}",
+                    "-" if rate is None else f"{rate / 1e12:.3g}", _or_dash(result.share(row), "{:.0%}"),
+                )
+            )  # fmt: skip
+    machines = "\n".join(dict.fromkeys(_machine(result) for result in results))
+    return f"# {len(results)} scenarios\n\n{machines}\n\n{_table(lines)}\n"
 
 
 def line(row: Row) -> str:

@@ -13,21 +13,20 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from framefit import __version__
 from framefit.bench import inputs, peers, stock
+from framefit.bench.job import Job
 from framefit.bench.quality import compare
 from framefit.bench.result import Row
-from framefit.bench.scenarios import Scenario
-from framefit.bench.variants import Variant
 from framefit.checkpoint import State
 from framefit.device import Device
 from framefit.errors import FramefitError
@@ -45,7 +44,7 @@ from framefit.request import Request
 from framefit.schedule import Schedule
 from framefit.testing import random_parts, randomise
 
-__all__ = ["Job", "main", "perform"]
+__all__ = ["main", "perform"]
 
 SEED = 0
 LEAST, USUAL, MOST = 3, 5, 100
@@ -59,34 +58,6 @@ WARM_S = 3.0
 
 Call = Callable[[], Any]
 """One run of the work: a prediction, or frames."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What one process is to measure."""
-
-    scenario: Scenario
-    variant: Variant
-    device: str = "auto"
-    weights: str
-    """"random", or a model id or folder; see `Scenario.checkpoint`."""
-    repeats: int | None = None
-    """Measured calls; None: five, more where they are short, fewer where they are long."""
-    output: str = ""
-    """File that the output tensor is kept in; empty: it is not kept."""
-    reference: str = ""
-    """File of the output that this one's quality is measured against; empty: it is not."""
-    profile: bool = False
-    """Whether one more call is profiled."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        parts = {"scenario": Scenario(**data["scenario"]), "variant": Variant(**data["variant"])}
-        return cls(**(data | parts))
 
 
 def main() -> None:
