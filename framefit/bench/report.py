@@ -18,8 +18,8 @@ COLUMNS = (
     "relative L2", "max abs", "PSNR", "tier",
 )  # fmt: skip
 
-DRIFT = 0.05
-"""Stock's change from beginning to end from which on the ratios are called into question."""
+DRIFT = 0.02
+"""Stock's change from beginning to end that is called out."""
 
 COLOURS = {"stock": "#9aa0a6", "exact": "#2f7ed8", "near": "#e08a1e", "lossy": "#b5539c", "peer": "#4f9d69"}
 
@@ -170,10 +170,13 @@ def _profiles(result: Result) -> str:
                     f"{cost['launches']:.0f}",
                 )
             )  # fmt: skip
-    return _table(lines) if len(lines) > 2 else ""
+    return _table(lines)
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
+    """Heading and rule come first; nothing where nothing follows them."""
+    if len(rows) == 2:
+        return ""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -185,8 +188,8 @@ def _title(result: Result) -> str:
 def _drift(result: Result) -> str:
     if result.drift is None:
         return ""
-    doubt = "; that much drift makes the ratios worthless: measure again" if abs(result.drift) > DRIFT else ""
-    return f"stock at the end was {result.drift:+.1%} against the beginning, ratios are to the mean of both{doubt}"
+    doubt = "; ratios nearer to 1 than that mean nothing" if abs(result.drift) > DRIFT else ""
+    return f"stock at the end took {result.drift:+.1%} against the beginning, ratios are to the mean of both{doubt}"
 
 
 def _machine(result: Result) -> str:

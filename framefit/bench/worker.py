@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,7 @@ from framefit.bench.quality import compare
 from framefit.bench.result import Row
 from framefit.checkpoint import State
 from framefit.device import Device
-from framefit.errors import FramefitError
+from framefit.errors import FramefitError, UsageError
 from framefit.families import Checkpoint, hub
 from framefit.families.parts import Parts, Tensors, load_parts
 from framefit.families.pixels import to_frames
@@ -47,6 +47,7 @@ from framefit.testing import random_parts, randomise
 __all__ = ["main", "perform"]
 
 SEED = 0
+PHOTO = Path(__file__).parents[1] / "assets" / "rocket.jpg"
 LEAST, USUAL, MOST = 3, 5, 100
 """Measured calls: of long ones, of most, of short ones."""
 PATIENCE_S = 10.0
@@ -77,6 +78,8 @@ def perform(job: Job) -> dict[str, Any]:
         plan = _plan(job, job.scenario.needed(checkpoint), Device.detect(job.device))
         reply = {"plan": {s.type: s.value for s in plan.settings}, "facts": _facts(plan)}
         row = _measure(job, checkpoint, plan)
+    except UsageError as error:  # a setting that the plan refuses here
+        row = Row(name=job.variant.name, status="left out" if job.variant.settings else "failed", because=str(error))
     except Exception as error:
         row = Row(name=job.variant.name, status="failed", because=_sentence(error, job))
     return reply | {"row": asdict(row)}
@@ -86,7 +89,7 @@ def _plan(job: Job, row: Checkpoint, device: Device) -> Plan:
     """The plan of a run that would do this work."""
     scenario = job.scenario
     request = Request(
-        image=Path("photo.png"), prompt="a measured run", model=row.id, seed=SEED,
+        image=PHOTO, prompt="the rocket lifts off", model=row.id, seed=SEED,
         width=scenario.width, height=scenario.height, num_frames=scenario.num_frames,
         guidance=(max(row.guidance[0], 2.0) if scenario.branches == 2 else 1.0,),
     )  # fmt: skip
@@ -133,20 +136,18 @@ def _measure(job: Job, row: Checkpoint, plan: Plan) -> Row:
 def _built(job: Job, row: Checkpoint, plan: Plan) -> tuple[Call, int]:
     """The work as a call on weights in place, and the bytes that these occupy before any pass."""
     scenario, device = job.scenario, torch.device(plan.device.id)
-    parts = _parts(job, scenario.needed(row), PRECISIONS[plan.precision], device)
-    model = parts["vae" if scenario.kind == "decode" else parts.checkpoint.experts[0]]
+    parts = _parts(job, row, PRECISIONS[plan.precision], device)
+    latents, conditioning = _inputs(job, row, plan, parts)
+    needed = scenario.needed(row)
+    parts = Parts(needed, {c.name: parts[c.name] for c in needed.components}, device)
+    model = parts["vae" if scenario.kind == "decode" else needed.experts[0]]
     weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if job.variant.engine == "framefit":
         apply_all(parts, plan)
     if job.variant.engine == "cache-dit":
         peers.apply(model, plan.device.id)
-    size = (scenario.width, scenario.height, scenario.num_frames)
-    latents = inputs.latents(row, size, device)
-    if scenario.kind == "decode":
-        call = _decode(job, plan, parts, latents)
-    else:
-        conditioning = inputs.conditioning(row, size, scenario.branches, device)
-        call = _denoise(job, plan, parts, latents, conditioning)
+    work = _decode if scenario.kind == "decode" else _denoise
+    call = work(job, plan, parts, latents, conditioning)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what building left behind is not the work's
@@ -154,15 +155,30 @@ def _built(job: Job, row: Checkpoint, plan: Plan) -> tuple[Call, int]:
 
 
 def _parts(job: Job, row: Checkpoint, dtype: torch.dtype, device: torch.device) -> Parts:
+    """What the work needs; with real weights for a denoiser the encoders too, which make its inputs."""
+    needed = job.scenario.needed(row)
     if job.weights != "random":
-        return load_parts(row, hub.locate(row), dtype=dtype, device=device)
+        if job.scenario.kind == "denoise":
+            needed = replace(row, components=tuple(c for c in row.components if c.name not in row.experts[1:]))
+        return load_parts(needed, hub.locate(needed), dtype=dtype, device=device)
     torch.manual_seed(SEED)
-    parts = random_parts(row, dtype=dtype, device=device)
+    parts = random_parts(needed, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(SEED)
-    for component in row.components:
+    for component in needed.components:
         if component.params:
             randomise(parts[component.name], generator)
     return parts
+
+
+def _inputs(job: Job, row: Checkpoint, plan: Plan, parts: Parts) -> tuple[torch.Tensor, Tensors]:
+    """Latents and conditioning: Gaussian for random weights and for a decode, else of the photo and the prompt."""
+    scenario, decode = job.scenario, job.scenario.kind == "decode"
+    if job.weights != "random" and not decode:
+        state = Pipeline(plan, parts).encode()
+        return state.latents.to(parts.device), {k: v.to(parts.device) for k, v in state.conditioning.items()}
+    size = (scenario.width, scenario.height, scenario.num_frames)
+    conditioning = {} if decode else inputs.conditioning(row, size, scenario.branches, parts.device)
+    return inputs.latents(row, size, parts.device), conditioning
 
 
 def _denoise(job: Job, plan: Plan, parts: Parts, latents: torch.Tensor, conditioning: Tensors) -> Call:
@@ -176,10 +192,10 @@ def _denoise(job: Job, plan: Plan, parts: Parts, latents: torch.Tensor, conditio
     return stock.denoiser(parts, noisy, t, conditioning, scale)
 
 
-def _decode(job: Job, plan: Plan, parts: Parts, latents: torch.Tensor) -> Call:
+def _decode(job: Job, plan: Plan, parts: Parts, latents: torch.Tensor, conditioning: Tensors) -> Call:
     """Latents to uint8 frames on the host, in both roads."""
     if job.variant.engine == "framefit":
-        pipeline, state = Pipeline(plan, parts), State(step=0, latents=latents, conditioning={}, scheduler={})
+        pipeline, state = Pipeline(plan, parts), State(step=0, latents=latents, conditioning=conditioning, scheduler={})
         return lambda: list(pipeline.decode(state))
     decode = stock.decoder(parts, latents)
     return lambda: to_frames(decode())
