@@ -6,6 +6,7 @@ import importlib
 import json
 import statistics
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,6 @@ from framefit.bench.variants import FRAMEFIT, STOCK, Variant, further
 from framefit.bench.worker import perform
 from framefit.cli import main
 from framefit.errors import BadInput, BadOutput, FramefitError, UsageError
-from framefit.families import family_of
 from framefit.testing import random_parts
 
 measure_module = importlib.import_module("framefit.bench.measure")  # the package names its function so too
@@ -54,12 +54,13 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", [*TFLOP, *MORE])
 def test_true_size_models_take_the_inputs(name: str) -> None:
-    """Both roads, shapes only; stock does exactly the work that was counted on a card."""
+    """Shapes only, and exactly the work that was counted on a card. Tiny models show that our road does the same."""
     scenario, meta = SCENARIOS[name], torch.device("meta")
     row, size = scenario.checkpoint("random"), (scenario.width, scenario.height, scenario.num_frames)
     parts = random_parts(scenario.needed(row), dtype=torch.bfloat16, device=meta)
     latents, t = inputs.latents(row, size, meta), torch.tensor(1000.0, device=meta)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter if name in TFLOP else nullcontext():
         if scenario.kind == "decode":
             video = stock.decoder(parts, latents)()
             assert video.shape == (1, 3, scenario.num_frames, scenario.height, scenario.width)
@@ -69,11 +70,6 @@ def test_true_size_models_take_the_inputs(name: str) -> None:
             assert stock.denoiser(parts, latents, t, conditioning, scale)().shape == latents.shape
     if name in TFLOP:
         assert counter.get_total_flops() / 1e12 == pytest.approx(TFLOP[name], rel=0.01)
-    if scenario.kind == "denoise":
-        with torch.no_grad():
-            expert = parts.checkpoint.experts[0]
-            ours = family_of(row).predict(parts, expert, latents, t, conditioning, slice(-1, None))
-        assert ours.shape == latents.shape
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda s: s.name)
@@ -122,7 +118,7 @@ def test_a_profiled_row_says_where_its_time_goes(tmp_path: Path) -> None:
     assert "| framefit | attention |" in report.markdown(waterfall(found))
 
 
-@pytest.mark.parametrize("name", ["tiny-wan", "tiny-easyanimate", "tiny-i2vgen"])
+@pytest.mark.parametrize("name", ["tiny-wan", "tiny-easyanimate"])
 def test_real_weights_are_measured_on_what_their_encoders_say(name: str, tiny: Any, tmp_path: Path) -> None:
     scenario = SCENARIOS[name]
     folder = str(tiny(scenario.model).folder)
