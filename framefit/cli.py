@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,11 +51,20 @@ def _count(text: str) -> int:
 
 
 def _bytes(text: str) -> int:
-    number = text.rstrip("KMGiB")
-    unit = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}.get(text[len(number) :])
-    if unit is None or not number.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 64MiB")
-    return int(number) * unit
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 12GiB or 800MiB")
+    unit = found[2].upper()
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(found[1]) * base ** ("KMG".index(unit[0]) + 1))
+
+
+def _bar(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        return name, float(value) if equals else float("")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not METRIC=NUMBER, as in vmaf=95") from None
 
 
 FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -139,16 +149,42 @@ def parser() -> argparse.ArgumentParser:
     _command(models, "pull", commands.models_pull, "download a model from the hub").add_argument(
         "model", metavar="MODEL", help="model id or hub repository id"
     )
-    verify = _command(
+    sound = _command(
         models, "verify", commands.models_verify, "check a model's files: complete, whole, of the right shape"
     )
-    verify.add_argument("model", metavar="MODEL", help="model id, or a local folder")
-    verify.add_argument("--quick", action="store_true", help="leave the hashes out")
+    sound.add_argument("model", metavar="MODEL", help="model id, or a local folder")
+    sound.add_argument("--quick", action="store_true", help="leave the hashes out")
 
     doctor = _command(names, "doctor", commands.doctor, "show this machine, the models on it and runs to resume")
     doctor.add_argument("--checkpoint-dir", metavar="DIR", type=Path, help="where step checkpoints are")
     inspect = _command(names, "inspect", commands.inspect, "show what a video file says of itself")
     inspect.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")
+
+    compare = _command(names, "compare", commands.compare, "measure how far a video is from a reference")
+    compare.add_argument("ours", type=Path, metavar="A", help="the video to judge, or a folder of PNGs")
+    compare.add_argument("reference", type=Path, metavar="B", help="what it should equal")
+    compare.add_argument("--metric", metavar="NAME[,NAME]", help="default: all that can be measured")
+    compare.add_argument("--min", action="append", default=[], type=_bar, metavar="NAME=N", help="exit 1 if under")
+    compare.add_argument("--max", action="append", default=[], type=_bar, metavar="NAME=N", help="exit 1 if over")
+    compare.add_argument("--lpips-weights", type=Path, metavar="FILE", help="safetensors of AlexNet or VGG-16")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the metrics frame by frame")
+    compare.add_argument("--side-by-side", type=Path, metavar="FILE", help="a video of both")
+    compare.add_argument("--overwrite", action="store_true", help="replace these files if they exist")
+
+    verify = _command(names, "verify", commands.verify, "prove a plan: run it beside the untouched model")
+    _request_flags(verify)
+    _option_flags(verify)
+    verify.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: outputs/verify_<time>")
+    verify.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
+    verify.add_argument("--lpips-weights", type=Path, metavar="FILE", help="safetensors of AlexNet or VGG-16")
+
+    tune = _command(names, "tune", commands.tune, "find the fastest settings on this device, and file them for run")
+    _request_flags(tune)
+    tune.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    tune.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
+    tune.add_argument("--quality", choices=["exact", "near", "fast"], default="exact", help="the weakest tier allowed")
+    tune.add_argument("--memory", type=_bytes, metavar="SIZE", help="most that a run may hold, e.g. 12GiB")
+    tune.add_argument("--restart", action="store_true", help="forget the trials of an interrupted search")
 
     rerun = _command(names, "rerun", commands.rerun, "make a video again from the parameters inside it")
     rerun.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")
@@ -212,6 +248,7 @@ def _request_flags(command: argparse.ArgumentParser) -> None:
 
 def _option_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--preset", metavar="NAME", help="the model's draft, standard or quality")
+    command.add_argument("--untuned", action="store_true", help="do not use what framefit tune has filed")
     command.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     command.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     command.add_argument(

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,20 @@ PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
 """The photo for a first try."""
 
 __all__ = [
-    "bench", "doctor", "inspect", "models_ls", "models_pull", "models_verify", "plan", "profile", "rerun", "run",
-]  # fmt: skip
+    "bench",
+    "compare",
+    "doctor",
+    "inspect",
+    "models_ls",
+    "models_pull",
+    "models_verify",
+    "plan",
+    "profile",
+    "rerun",
+    "run",
+    "tune",
+    "verify",
+]
 
 
 def run(flags: Namespace) -> None:
@@ -37,7 +49,9 @@ def run(flags: Namespace) -> None:
     from framefit.run import generate, resume
 
     with Progress(flags) as progress:
-        options = progress.options(preset=flags.preset, precision=flags.precision, settings=dict(flags.settings))
+        options = progress.options(
+            preset=flags.preset, precision=flags.precision, settings=dict(flags.settings), use_tuned=not flags.untuned
+        )  # fmt: skip
         if flags.resume:
             _refuse_with_resume(flags)
             report = resume(flags.resume, flags.output, options, restart=flags.restart)
@@ -99,12 +113,13 @@ def plan(flags: Namespace) -> int:
 def profile(flags: Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer tells stderr when it starts and stops
     from framefit.families import hub
+    from framefit.ledger import Ledger
     from framefit.pipeline import load
     from framefit.profiling import measure, profile
     from framefit.profiling.profile import check_folder
     from framefit.profiling.table import rows, summary
     from framefit.progress import quiet_libraries
-    from framefit.run import check_fits
+    from framefit.run import check_fits, translated
 
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint, plan = _prepared(flags)
@@ -115,7 +130,13 @@ def profile(flags: Namespace) -> None:
     print("what this device does at best ...", file=sys.stderr)
     ceilings = measure(plan.device.id, fresh=flags.fresh_ceilings)
     print("load, then every phase four times ...", file=sys.stderr)
-    result = profile(load(plan, checkpoint), folder, ceilings, steps=flags.profile_steps)
+    ledger = Ledger(plan.device.id)
+    try:
+        result = profile(load(plan, checkpoint, ledger), folder, ceilings, steps=flags.profile_steps)
+    except FramefitError:
+        raise
+    except Exception as error:
+        raise translated(error, plan, ledger) from error
     text = [_table(rows(result)), "", *summary(result)]
     _finish(result.to_json(), flags, "\n".join(text))
 
@@ -215,71 +236,93 @@ def inspect(flags: Namespace) -> None:
 
 
 def bench(flags: Namespace) -> int:
-    from framefit.bench import GROUPS, SCENARIOS
+    from framefit.bench.command import answer
 
-    if flags.compare:
-        if flags.names:
-            raise UsageError(f"--compare reads two results, and measures no {flags.names[0]}: leave one of them out.")
-        return _bench_compare(flags)
-    if flags.list:
-        rows = [("name", "group", "work", "note"), *((s.name, s.group, s.title, s.note) for s in SCENARIOS.values())]
-        _finish({"scenarios": [s.to_json() for s in SCENARIOS.values()], "groups": GROUPS}, flags, _table(rows))
-        return 0
-    if not flags.names:
-        raise UsageError("a scenario is needed, as in framefit bench tiny (framefit bench --list shows all).")
-    return _bench_measure(flags)
+    facts, text, code = answer(flags, say=lambda line: print(line, file=sys.stderr, flush=True))
+    _finish(facts, flags, text)
+    return code
 
 
-def _bench_measure(flags: Namespace) -> int:
-    from framefit.bench import measure, report, scenarios, variants
+def compare(flags: Namespace) -> int:
+    from framefit import quality
+    from framefit.quality import sheet
+    from framefit.quality.compare import beyond
 
-    chosen = scenarios.choose(flags.names)
-    for scenario in chosen:
-        scenario.checkpoint(flags.weights or scenario.weights)
-    rows = variants.parse(flags.rows) if flags.rows else None
-    if flags.output:
-        names = [s.name for s in chosen] + ["overview"] * (len(chosen) > 1)
-        report.check_outputs(flags.output, names, overwrite=flags.overwrite)
-    results, failed = [], False
-    for scenario in chosen:
-        print(f"{scenario.name}: {scenario.title}", file=sys.stderr, flush=True)
-        try:
-            result = measure(
-                scenario, variants=rows, device=flags.device or "auto", weights=flags.weights, repeats=flags.repeats,
-                profile=flags.profile,
-                on_row=lambda row: print(f"  {report.line(row)}", file=sys.stderr, flush=True),
-            )  # fmt: skip
-        except FramefitError as error:  # one scenario that cannot be measured must not lose the others
-            print(f"framefit: {scenario.name}: {error}", file=sys.stderr)
-            failed = True
-            continue
-        if flags.output and (problem := report.write(result, flags.output)):
-            print(f"note: {problem}", file=sys.stderr)
-        results.append(result)
-    texts = [report.markdown(result) for result in results]
-    if len(results) > 1:
-        texts.append(report.overview(results))
-        if flags.output:
-            (flags.output / "overview.md").write_text(texts[-1], encoding="utf-8")
-    _finish({"results": [result.to_json() for result in results]}, flags, "\n".join(texts))
-    return int(failed or any(row.status == "failed" for result in results for row in result.rows))
+    at_least, at_most = dict(flags.min), dict(flags.max)
+    asked = None if flags.metric in (None, "all") else tuple(flags.metric.split(","))
+    for name in (*(asked or ()), *at_least, *at_most):
+        if name not in quality.METRICS:
+            raise UsageError(f"'{name}' is no metric: use {', '.join(quality.METRICS)} or all.")
+    bars = {*at_least, *at_most}
+    found = quality.compare(
+        flags.ours, flags.reference, metrics=dict.fromkeys((*(asked or quality.METRICS), *bars)),
+        required={*(asked or ()), *bars},  # a bar that cannot be measured is not met
+        lpips_weights=flags.lpips_weights,
+    )  # fmt: skip
+    failures = beyond(found.scores, at_least, at_most)
+    if flags.plot:
+        sheet.plot(found, flags.plot, overwrite=flags.overwrite)
+    if flags.side_by_side:
+        sheet.side_by_side(found, flags.side_by_side, overwrite=flags.overwrite)
+    rows = [("metric", "value", "", "beside it")]
+    for name, score in found.scores.items():
+        beside = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in score.detail.items())
+        rows.append((name, f"{score.value:.4g} {quality.METRICS[name].unit}", quality.METRICS[name].says, beside))
+    lines = [_table(rows), f"{found.num_frames} frames of {found.width}x{found.height}"]
+    lines += [f"{name} was not measured: {why}" for name, why in found.missing.items()]
+    lines += [*found.notes, *failures]
+    _finish(found.to_json() | {"failures": failures}, flags, "\n".join(lines))
+    return 1 if failures else 0
 
 
-def _bench_compare(flags: Namespace) -> int:
-    from framefit.bench import regression
-    from framefit.bench.result import read
+def verify(flags: Namespace) -> int:
+    from framefit.run import Options
+    from framefit.verify import verify
 
-    thresholds = regression.Thresholds(share=flags.percent / 100, seconds=flags.seconds, bytes=flags.bytes)
-    old, new = flags.compare
-    changes = regression.compare(read(old), read(new), thresholds)
-    rows = [
-        (c.row, c.figure, c.old, c.new, "" if c.share is None else f"{c.share:+.1%}", "WORSE" if c.regression else "")
-        for c in changes
+    if flags.prompt is None:
+        raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
+    options = Options(
+        device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
+        use_tuned=not flags.untuned,
+    )  # fmt: skip
+    folder = flags.output or Path("outputs") / f"verify_{time.strftime('%Y%m%d-%H%M%S')}"
+    verdict = verify(
+        _request(flags), folder, options, lpips_weights=flags.lpips_weights, overwrite=flags.overwrite,
+        on_phase=lambda name: print(f"{name} ...", file=sys.stderr),
+    )  # fmt: skip
+    rows = [("", "what", "value", "bar", "reason")]
+    rows += [
+        ("ok" if c.passed else "FAILED", c.what, "" if c.value is None else f"{c.value:.4g}", c.bar, c.reason)
+        for c in verdict.checks
     ]
-    worse = any(change.regression for change in changes)
-    facts = {"regression": worse, "changes": [asdict(change) for change in changes]}
-    _finish(facts, flags, _table([("row", "figure", "old", "new", "change", ""), *rows]))
-    return int(worse)
+    outcome = f"{'passed' if verdict.passed else 'failed'} as {verdict.tier}"
+    text = f"{_table(rows)}\n{outcome}: {folder}/verdict.html"
+    _finish(verdict.to_json() | {"folder": str(folder)}, flags, text)
+    return 0 if verdict.passed else 1
+
+
+def tune(flags: Namespace) -> None:
+    from framefit.run import Options
+    from framefit.tune import named, tune
+
+    if flags.prompt is None:
+        raise UsageError("a prompt is needed: the candidates' videos are compared. Give it with -p TEXT.")
+    options = Options(device=flags.device or "auto", precision=flags.precision)
+
+    def told(number: int, total: int, settings: Mapping[str, str]) -> None:
+        print(f"{number} of {total}: {named(settings)} ...", file=sys.stderr)
+
+    found = tune(
+        _request(flags), options, tier="lossy" if flags.quality == "fast" else flags.quality,
+        budget_bytes=flags.memory, restart=flags.restart, on_trial=told,
+    )  # fmt: skip
+    usual = found.trials[0].step_s or 0
+    rows = [("settings", "tier", "s a step", "times as fast", "peak GiB", "")]
+    for trial in found.trials:
+        speed = ("-", "-") if trial.step_s is None else (f"{trial.step_s:.3f}", f"{usual / trial.step_s:.2f}")
+        said = trial.failed or ("filed for run" if trial == found.best else "")
+        rows.append((named(trial.settings), trial.tier, *speed, f"{trial.peak_bytes / 2**30:.2f}", said))
+    _finish(found.to_json(), flags, _table(rows))
 
 
 def _finish(facts: dict[str, Any], flags: Namespace, text: str) -> None:
@@ -316,7 +359,7 @@ def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
         flags.prompt = "(no prompt)"
     options = Options(
         device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
-        checkpoints=None,
+        use_tuned=not flags.untuned, checkpoints=None,
     )  # fmt: skip
     return prepare(_request(flags), options)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from framefit import photo, recipe, video
+from framefit import photo, recipe, tuned, video
 from framefit.checkpoint import RunFolder, State, Writer, default_root
 from framefit.device import Device
 from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, DoesNotFit, FramefitError, UsageError
@@ -25,7 +25,7 @@ from framefit.planning import choose
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
-__all__ = ["Options", "check_fits", "generate", "prepare", "resume"]
+__all__ = ["Options", "check_fits", "generate", "prepare", "resume", "translated"]
 
 
 DEFAULT_CRF = 18
@@ -42,6 +42,8 @@ class Options:
     preset: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     """Explicit settings by type, e.g. {"guidance": "apart"}."""
+    use_tuned: bool = True
+    """Whether settings that are not explicit are what `framefit tune` found on this device, where it did."""
     crf: int | None = None
     """Quality of an MP4, 0 (best) to 51; None: 18, or what an interrupted run was to have."""
     overwrite: bool = False
@@ -87,7 +89,20 @@ def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
         settings=options.settings,
         precision=options.precision,
     )
-    return checkpoint, plan
+    return checkpoint, _tuned(plan, options.settings) if options.use_tuned else plan
+
+
+def _tuned(plan: Plan, explicit: Mapping[str, str]) -> Plan:
+    """With the settings that a search has filed for this device in place of those that nobody asked for."""
+    if (found := tuned.find(plan)) is None:
+        return plan
+    settings = tuple(
+        type(s)(value=found.settings[s.type], because=found.because)
+        if s.type in found.settings and s.type not in explicit
+        else s
+        for s in plan.settings
+    )
+    return replace(plan, settings=settings)
 
 
 def generate(request: Request, output: Path, options: Options | None = None) -> Report:
@@ -191,7 +206,7 @@ def _execute(
     except KeyboardInterrupt:
         raise _resumable(Cancelled("stopped at once."), run) from None
     except Exception as error:
-        raise _resumable(_translated(error, plan, ledger), run) from error
+        raise _resumable(translated(error, plan, ledger), run) from error
     if run:
         run.discard()
     return Report(
@@ -264,7 +279,7 @@ def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:
     return error
 
 
-def _translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
+def translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
     """What a library raised, as one of ours."""
     request, phase = plan.request, ledger.last or "load"
     # torch raises a plain RuntimeError where the CPU's allocator fails

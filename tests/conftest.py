@@ -81,6 +81,12 @@ def load_fp32() -> Callable[[Checkpoint], Parts]:
     return load
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run, note or tuned setting of whoever runs the tests comes into them, or goes out."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user of one's own: state, caches and the working folder lie below a temporary folder."""

@@ -21,12 +21,12 @@ ROOT = PACKAGE.parent
 
 RANKS = (
     {"errors", "request", "device", "plan", "photo", "marks", "video", "report"},
-    {"families", "ledger", "checkpoint", "schedule"},
+    {"families", "ledger", "checkpoint", "schedule", "quality", "tuned"},
     {"passes", "testing"},
     {"planning"},
     {"pipeline"},
     {"run", "recipe", "profiling"},
-    {"bench"},
+    {"verify", "tune", "bench"},
     {"cli", "commands", "progress", "__main__"},
 )
 """Room -> rank by position. A room imports rooms of a lower rank, and inside itself."""
@@ -36,6 +36,10 @@ WITHIN = {
     **dict.fromkeys(RANKS[0], "nouns"),
     # a run writes the recipe that a rerun reads
     **dict.fromkeys(("run", "recipe"), "run"),
+    # a search judges candidates as a verdict does
+    **dict.fromkeys(("verify", "tune"), "proof"),
+    # a search is filed beside the runs
+    **dict.fromkeys(("checkpoint", "tuned"), "state"),
     # the command line is one room in three files
     **dict.fromkeys(RANKS[-1], "cli"),
 }

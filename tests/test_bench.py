@@ -115,7 +115,7 @@ def test_a_profiled_row_says_where_its_time_goes(tmp_path: Path) -> None:
     found = run(job)
     assert found.profile["kinds"]["matmul"]["seconds"] > 0
     assert found.profile["kinds"]["attention"]["of_ceiling"] > 0
-    assert "| framefit | attention |" in report.markdown(waterfall(found))
+    assert "| framefit | attention " in report.markdown(waterfall(found))
 
 
 @pytest.mark.parametrize("name", ["tiny-wan", "tiny-easyanimate"])

@@ -57,8 +57,8 @@ FLAT = Ceilings(
         ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<flash::CollectiveMainloopFwdSm90<2>>>", "attention"),
         ("triton_tem_fused_flex_attention_0", "attention"),
         ("qk_int8_sv_f16_accum_f32_attn_inst_buf_kernel", "attention"),
-        ("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x32_stage3", "convolution"),
-        ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_128x128_32x5>", "convolution"),
+        ("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x32", "convolution"),
+        ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_128x128>", "convolution"),
         ("void cudnn::winograd_nonfused::winogradForwardFilter4x4<float, float>", "convolution"),
         ("void implicit_convolve_sgemm<float, float, 1024, 5, 5, 3, 3, 3, 1>(int, int, int)", "convolution"),
         ("void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float>", "convolution"),
@@ -153,11 +153,11 @@ def test_a_call_of_known_composition_comes_apart_as_it_was_made() -> None:
     mixture()
     found = breakdown(mixture, "cpu", ceilings=FLAT)
     kinds, took = found.kinds, mixture.took[2]  # warm, plain, profiled, counted
-    assert kinds["matmul"].seconds == pytest.approx(took["matmul"], rel=0.1)
-    assert kinds["elementwise"].seconds == pytest.approx(took["elementwise"], rel=0.1)
+    assert kinds["matmul"].seconds == pytest.approx(took["matmul"], rel=0.3)
+    assert kinds["elementwise"].seconds == pytest.approx(took["elementwise"], rel=0.3)
     assert 0.05 <= found.idle_s == pytest.approx(found.wall_s - sum(cost.seconds for cost in kinds.values()), rel=0.01)
-    assert found.wall_s == pytest.approx(sum(took.values()), rel=0.1)
-    assert found.plain_s == pytest.approx(sum(mixture.took[1].values()), rel=0.1)
+    assert found.wall_s == pytest.approx(sum(took.values()), rel=0.2)
+    assert found.plain_s == pytest.approx(sum(mixture.took[1].values()), rel=0.2)
     assert kinds["matmul"].flops == 40 * 2 * 256**3
     assert kinds["attention"].flops == 4 * 2 * 128 * 128 * 32
     assert kinds["convolution"].flops == 2 * 30 * 30 * 9 * 8 * 16
@@ -246,6 +246,7 @@ def card_events() -> list[FunctionEvent]:
             event("void pytorch_flash::flash_fwd_kernel", 40, 60, 12, **card),
             event("Memcpy HtoD (Pinned -> Device)", 50, 70, 14, **card),
             event("triton_poi_fused__scaled_dot_product_flash_attention_add_5", 80, 90, 16, **card),
+            event("nvjet_tst_64x8_launched_elsewhere", 92, 94, 99, **card),
             event("phase:denoise", 10, 90, 1, **card),
             event("Stream Sync", 90, 100, 17, **card),
         ],
@@ -262,16 +263,17 @@ def test_kernels_are_led_back_to_their_operators() -> None:
         ("attention", "denoise", ("attn1 Attention",)),
         ("transfer", "denoise", ()),
         ("elementwise", "denoise", ()),
+        ("matmul", "denoise", ()),
     ]
-    assert busy_s(pieces) == pytest.approx(70e-6)  # 10 to 70 and 80 to 90; the copy overlaps the attention
+    assert busy_s(pieces) == pytest.approx(72e-6)  # 10 to 70, 80 to 90, 92 to 94; the copy overlaps the attention
 
 
 def test_a_card_is_idle_where_no_stream_works() -> None:
-    counts = Counts(flops=Counter({("matmul", "fp32"): 30 * 10**6}), bytes=Counter({"host_to_device": 200_000}))
+    counts = Counts(flops=Counter({("matmul", "fp32"): 32 * 10**6}), bytes=Counter({"host_to_device": 200_000}))
     pieces = list(works(card_events(), card=True))
     found = summarise(pieces, counts, "cuda:0", wall_s=100e-6, plain_s=90e-6, ceilings=FLAT)
-    assert found.idle_s == pytest.approx(30e-6)
-    assert found.launches == 3  # a copy is no launch
+    assert found.idle_s == pytest.approx(28e-6)
+    assert found.launches == 4  # a copy is no launch
     assert found.kinds["matmul"].tflops == pytest.approx(1.0)
     assert found.kinds["matmul"].of_ceiling == pytest.approx(1.0)
     copied = found.transfers["host_to_device"]
@@ -308,7 +310,7 @@ def test_the_flame_graph_adds_up() -> None:
     assert list(top.children) == ["decode", "between phases"]
     assert top.children["decode"].children["vae & co"].children["up_blocks.* Block"].seconds == 3.0
     root = ElementTree.fromstring(flame.svg(top, "a < b"))
-    boxes = [element for element in root.iter("{http://www.w3.org/2000/svg}g")]
+    boxes = list(root.iter("{http://www.w3.org/2000/svg}g"))
     widths = {box[0].text.splitlines()[0]: float(box[1].attrib["width"]) for box in boxes}  # type: ignore[union-attr]
     assert float(boxes[0].attrib["data-seconds"]) == 8.5
     assert widths["all phases"] == pytest.approx(widths["decode"] + widths["between phases"], abs=0.02)
@@ -316,8 +318,13 @@ def test_the_flame_graph_adds_up() -> None:
     assert "aten::<mm>" in widths
 
 
-def test_ceilings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("framefit.profiling.ceilings.BUDGET_S", 0.0)
+    monkeypatch.setattr("framefit.profiling.ceilings.PRECISIONS", {"fp32": torch.float32})
+
+
+def test_ceilings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_ceilings(monkeypatch)
     file = tmp_path / "state" / "ceilings.json"
     first = measure("cpu", file=file)
     assert min(rate for rates in first.tflops.values() for rate in rates.values()) > 0
@@ -347,7 +354,7 @@ def test_every_expert_is_watched_even_with_one_step(
 
 def test_profile_writes_its_files(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr("framefit.profiling.ceilings.BUDGET_S", 0.0)
+    quick_ceilings(monkeypatch)
     folder = tmp_path / "made" / "profile"
     small = ["--size", "64x64", "--frames", "5", "--steps", "4", "--profile-steps", "1", "--device", "cpu"]
     with pytest.raises(SystemExit) as ended:

@@ -153,7 +153,7 @@ class Model:
         request = Request(
             image=photo, prompt=prompt, model=arguments.model, seed=seed, steps=arguments.steps, guidance=guidance
         )
-        return prepare(request, Options(device=arguments.device, checkpoints=None))[1]
+        return prepare(request, Options(device=arguments.device, checkpoints=None, use_tuned=False))[1]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -45,7 +45,7 @@ def main() -> None:
 
 def _row(photo: Path, prompt: str) -> Image.Image:
     request = Request(image=photo, prompt=prompt, seed=1, width=WIDTH, height=HEIGHT)
-    _, plan = prepare(request, Options(device="cpu", checkpoints=None))
+    _, plan = prepare(request, Options(device="cpu", checkpoints=None, use_tuned=False))
     frames = list(Pipeline(plan, load(plan, find("tiny")).parts).run().frames)
     gap = np.full((HEIGHT, GAP, 3), 255, dtype=np.uint8)
     parts = [part for number in FRAMES for part in (frames[number], gap)][:-1]

@@ -11,7 +11,9 @@ from typing import Any
 from framefit.bench.result import Result, Row
 from framefit.errors import BadOutput
 
-__all__ = ["check_outputs", "line", "markdown", "overview", "picture", "write"]
+__all__ = [
+    "check_outputs", "line", "markdown", "overview", "picture", "seconds", "size", "table", "write",
+]  # fmt: skip
 
 COLUMNS = (
     "row", "median", "min to max", "x stock", "peak", "reserved", "predicted -> measured", "TFLOP/s", "of ceiling",
@@ -54,7 +56,7 @@ def write(result: Result, folder: Path) -> str | None:
 
 def markdown(result: Result) -> str:
     """Heading, machine, one line a row, and whatever was not measured with its reason."""
-    rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     rows += [_cells(result, row) for row in result.rows if row.seconds]
     rest = [f"- {row.name}: {row.status}, {row.because}" for row in result.rows if not row.seconds]
     if told := _drift(result):
@@ -63,7 +65,7 @@ def markdown(result: Result) -> str:
         f"# {result.scenario.name}",
         _title(result),
         _machine(result),
-        _table(rows),
+        table(rows),
         "\n".join(rest),
         _profiles(result),
     ]
@@ -73,28 +75,38 @@ def markdown(result: Result) -> str:
 def overview(results: Sequence[Result]) -> str:
     """All rows of several scenarios in one table."""
     heading = ("scenario", "row", "median", "x stock", "peak", "reserved", "TFLOP", "TFLOP/s", "of ceiling")
-    lines = [heading, tuple("---" for _ in heading)]
+    lines = [heading]
     for result in results:
         for row in result.rows:
             rate = result.rate(row)
             lines.append(
                 (
-                    result.scenario.name, row.name, _seconds(row.median_s) if row.seconds else row.status,
-                    _or_dash(result.ratio(row), "{:.2f}"), _bytes(row.peak_allocated_bytes),
-                    _bytes(row.peak_reserved_bytes), "-" if row.flops is None else f"{row.flops / 1e12:.3g}",
+                    result.scenario.name, row.name, seconds(row.median_s) if row.seconds else row.status,
+                    _or_dash(result.ratio(row), "{:.2f}"), size(row.peak_allocated_bytes),
+                    size(row.peak_reserved_bytes), "-" if row.flops is None else f"{row.flops / 1e12:.3g}",
                     "-" if rate is None else f"{rate / 1e12:.3g}", _or_dash(result.share(row), "{:.0%}"),
                 )
             )  # fmt: skip
     machines = "\n".join(dict.fromkeys(_machine(result) for result in results))
-    return f"# {len(results)} scenarios\n\n{machines}\n\n{_table(lines)}\n"
+    return f"# {len(results)} scenarios\n\n{machines}\n\n{table(lines)}\n"
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Markdown with columns as wide as their widest cell; the heading comes first, and alone it is nothing."""
+    if len(rows) == 1:
+        return ""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    heading, *below = rows
+    lines = [heading, tuple("-" * width for width in widths), *below]
+    return "\n".join(f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in lines)
 
 
 def line(row: Row) -> str:
     """One row while the bench goes on."""
     if not row.seconds:
         return f"{row.name}: {row.status}, {row.because}"
-    peak = "" if row.peak_allocated_bytes is None else f", peak {_bytes(row.peak_allocated_bytes)}"
-    return f"{row.name}: {_seconds(row.median_s)}{peak} (built in {row.build_s or 0:.1f} s)"
+    peak = "" if row.peak_allocated_bytes is None else f", peak {size(row.peak_allocated_bytes)}"
+    return f"{row.name}: {seconds(row.median_s)}{peak} (built in {row.build_s or 0:.1f} s)"
 
 
 def picture(result: Result, file: Path) -> None:
@@ -141,7 +153,7 @@ def _bars(result: Result, row: Row, y: int, times: Any, memory: Any) -> None:
     ratio = result.ratio(row)
     times.barh(y, row.median_s, height=0.6, color=colour)
     times.plot((least, most), (y, y), color="black", linewidth=1.2)
-    label = _seconds(row.median_s) + ("" if ratio is None else f"   {ratio:.2f}x")
+    label = seconds(row.median_s) + ("" if ratio is None else f"   {ratio:.2f}x")
     _label(times, label, most, y)
     peaks = [peak / 2**30 for peak in (row.peak_reserved_bytes, row.peak_allocated_bytes) if peak is not None]
     for peak, alpha in zip(peaks, (0.35, 1.0) if len(peaks) == 2 else (1.0,), strict=True):
@@ -160,24 +172,17 @@ def _label(axes: Any, text: str, x: float, y: float, *, fontsize: int = 10, colo
 def _profiles(result: Result) -> str:
     """With --profile, a line for each kind of work of each row."""
     heading = ("row", "kind of work", "device time", "share", "TFLOP/s", "GB/s", "of ceiling", "launches")
-    lines = [heading, tuple("---" for _ in heading)]
+    lines = [heading]
     for row in result.rows:
         for kind, cost in row.profile.get("kinds", {}).items():
             lines.append(
                 (
-                    row.name, kind, _seconds(cost["seconds"]), _or_dash(cost["share"], "{:.1%}"),
+                    row.name, kind, seconds(cost["seconds"]), _or_dash(cost["share"], "{:.1%}"),
                     f"{cost['tflops']:.3g}", f"{cost['gb_per_s']:.3g}", _or_dash(cost["of_ceiling"], "{:.0%}"),
                     f"{cost['launches']:.0f}",
                 )
             )  # fmt: skip
-    return _table(lines)
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Heading and rule come first; nothing where nothing follows them."""
-    if len(rows) == 2:
-        return ""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return table(lines)
 
 
 def _title(result: Result) -> str:
@@ -205,11 +210,11 @@ def _cells(result: Result, row: Row) -> tuple[str, ...]:
     psnr = row.quality.get("psnr_db", 0.0)
     return (
         row.name,
-        _seconds(row.median_s),
-        f"{_seconds(least)} to {_seconds(most)}",
+        seconds(row.median_s),
+        f"{seconds(least)} to {seconds(most)}",
         _or_dash(ratio, "{:.2f}"),
-        _bytes(row.peak_allocated_bytes),
-        _bytes(row.peak_reserved_bytes),
+        size(row.peak_allocated_bytes),
+        size(row.peak_reserved_bytes),
         "; ".join(_prediction(row, name) for name in row.predicted if name in row.measured),
         "-" if rate is None else f"{rate / 1e12:.3g}",
         _or_dash(share, "{:.0%}"),
@@ -222,7 +227,7 @@ def _cells(result: Result, row: Row) -> tuple[str, ...]:
 
 def _prediction(row: Row, name: str) -> str:
     predicted, measured = row.predicted[name], row.measured[name]
-    show = _bytes if name.endswith("_bytes") else _seconds
+    show = size if name.endswith("_bytes") else seconds
     what = name.removesuffix("_bytes").removesuffix("_s").replace("_", " ")
     return f"{what} {show(predicted)} -> {show(measured)} ({measured / predicted - 1:+.1%})" if predicted else what
 
@@ -231,11 +236,13 @@ def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """For people."""
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def _bytes(value: float | None) -> str:
+def size(value: float | None) -> str:
+    """Bytes for people."""
     if value is None:
         return "-"
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"

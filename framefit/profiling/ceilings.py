@@ -114,7 +114,7 @@ def _write(file: Path, filed: dict[str, Any]) -> None:
 @torch.no_grad()
 def _measure(device: str, name: str) -> Ceilings:
     tflops = {
-        kind: {precision: _best(calls(device, dtype), device) for precision, dtype in PRECISIONS.items()}
+        kind: dict(_rates(calls, device))
         for kind, calls in (("matmul", _matmuls), ("attention", _attentions), ("convolution", _convolutions))
     }
     ways = {"to": None, "from": None} if device == "cpu" else dict(_host_copies(device))
@@ -122,6 +122,12 @@ def _measure(device: str, name: str) -> Ceilings:
         device=name, torch=torch.__version__, tflops=tflops, memory_gb_per_s=_best(_memory_copy(device), device) * 1e3,
         host_to_device_gb_per_s=ways["to"], device_to_host_gb_per_s=ways["from"],
     )  # fmt: skip
+
+
+def _rates(calls: Callable[[str, torch.dtype], Iterator[Probe]], device: str) -> Iterator[tuple[str, float]]:
+    for precision, dtype in PRECISIONS.items():
+        with contextlib.suppress(RuntimeError):  # bf16 that an old card lacks, or too little memory: no ceiling for it
+            yield precision, _best(calls(device, dtype), device)
 
 
 Probe = tuple[float, Callable[[], object]]

@@ -106,10 +106,10 @@ def _label(frame: Frame, x: float, y: float, width: float) -> str:
     letters = int((width - 8) / LETTER)
     if letters < 3:
         return ""
-    text = f"{frame.name}  {_seconds(frame.seconds)}"
-    text = (
-        text if len(text) <= letters else frame.name if len(frame.name) <= letters else frame.name[: letters - 1] + "…"
-    )
+    name = frame.name.removeprefix("aten::")
+    text = f"{name}  {_seconds(frame.seconds)}"
+    if len(text) > letters:
+        text = name if len(name) <= letters else name[: letters - 1] + "…"
     return f'<text x="{x + 4:.2f}" y="{y + 13}" fill="#1c1c1c" pointer-events="none">{escape(text)}</text>'
 
 

@@ -12,6 +12,7 @@ import platform
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,24 +119,25 @@ def profile(pipeline: Pipeline, folder: Path, ceilings: Ceilings, *, steps: int 
     Raises:
         NotFinite: the model produced NaN or infinity, in fp32 too.
     """
-    plan, load_s = pipeline.plan, sum(phase.seconds for phase in pipeline.ledger.phases.values())
+    plan, told = pipeline.plan, pipeline.ledger
+    load_s = sum(phase.seconds for phase in told.phases.values())
     way = _Way(_serving_all(pipeline), steps)
-    way.go(Ledger(plan.device.id))
-    plain = Ledger(plan.device.id)
+    # the ledger that the caller holds hears of every phase, so that an error can name it
+    ledger = partial(_Mute, plan.device.id, on_enter=partial(setattr, told, "last"))
+    way.go(Ledger(plan.device.id, on_enter=partial(setattr, told, "last")))
+    plain = ledger()
     way.go(plain)
     peaks = {phase.name: phase.peak_bytes for phase in plain.close()}
     memory = _memory(plan, max(peaks.values()))
-    watched = Ledger(plan.device.id, around=phase)
     with modules.named(pipeline.parts.components):
-        trace = record(lambda: way.go(watched), plan.device.id, memory=True)
+        trace = record(lambda: way.go(ledger(around=phase)), plan.device.id, memory=True)
     tally = Tally()
-    counting = Ledger(plan.device.id, around=tally.phase)
-    count(lambda: way.go(counting), tally)
+    count(lambda: way.go(ledger(around=tally.phase)), tally)
     result = Profile(
         plan=plan, torch=torch.__version__, steps=steps, ceilings=ceilings, load_s=load_s, memory=memory,
         phases=_phases(way, plain, peaks, trace, tally, ceilings, pipeline), files=(), **_compiled(),
     )  # fmt: skip
-    return _save(result, trace, folder, watched)
+    return _save(result, trace, folder, told)
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
@@ -148,6 +150,13 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadOutput(f"{folder} cannot be made ({error.strerror}): give another name.") from None
+
+
+class _Mute(Ledger):
+    """What there was to tell is told when the way is gone for the first time."""
+
+    def note(self, sentence: str) -> None:
+        self.notices.append(sentence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +192,10 @@ class _Way:
 def _serving_all(pipeline: Pipeline) -> Pipeline:
     """With so few steps that an expert has none, it is watched at the model's own number of steps."""
     plan, checkpoint = pipeline.plan, pipeline.parts.checkpoint
-    if set(pipeline.experts()) != set(checkpoint.experts):
-        plan = replace(plan, request=replace(plan.request, steps=max(plan.request.steps, checkpoint.steps)))
-    return Pipeline(plan, pipeline.parts)
+    if set(pipeline.experts()) == set(checkpoint.experts):
+        return pipeline
+    steps = max(plan.request.steps, checkpoint.steps)
+    return Pipeline(replace(plan, request=replace(plan.request, steps=steps)), pipeline.parts)
 
 
 def _phases(

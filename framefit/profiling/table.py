@@ -18,7 +18,7 @@ LEAST_SHARE = 0.0005
 
 def rows(profile: Profile) -> Iterator[Row]:
     """Cells as text, the heading first."""
-    yield ("phase", "kind", "seconds", "share", "TFLOP/s", "GB/s", "of ceiling", "launches", "x run")
+    yield ("phase", "kind", "seconds", "share", "TFLOP/s", "GB/s", "of ceiling", "launches", "in a run")
     for phase in profile.phases:
         yield from _phase(phase)
 
@@ -29,9 +29,9 @@ def summary(profile: Profile) -> Iterator[str]:
     watching = sum(p.times * (p.breakdown.wall_s - p.breakdown.plain_s) for p in profile.phases)
     yield f"device    {plan.device.name}, {plan.precision}, torch {profile.torch}"
     yield f"a run     {profile.run_s:.1f} s, loading {profile.load_s:.1f} s; watching it adds {watching:.1f} s"
-    rates = {kind: max(rates.values()) for kind, rates in ceilings.tflops.items()}
+    rates = {kind: rates[plan.precision] for kind, rates in ceilings.tflops.items() if plan.precision in rates}
     told = ", ".join(f"{kind} {rate:.3g} TFLOP/s" for kind, rate in rates.items())
-    yield f"ceilings  {told}, memory {ceilings.memory_gb_per_s:.3g} GB/s, as measured here"
+    yield f"ceilings  {told}, memory {ceilings.memory_gb_per_s:.3g} GB/s: measured, {plan.precision}"
     yield f"memory    {_memory(profile)}"
     for file, what in zip(profile.files, map(_what, profile.files), strict=True):
         yield f"{file}  {what}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,14 +105,24 @@ def _operators(events: list[Any], places: _Places) -> Iterator[Work]:
 def _kernels(events: list[Any], places: _Places) -> Iterator[Work]:
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     labels = {event.name for event in on_host if event.is_user_annotation}  # a card repeats them as ranges of its own
+    phases = [event for event in on_host if event.name.startswith(PHASE)]
     launches = {event.id: event for event in on_host if LAUNCH.match(event.name)}
     for event in events:
         if event.device_type == DeviceType.CPU or event.is_user_annotation or event.name in labels | SYNCS:
             continue
         place = places.of(launches.get(event.id))
+        if not place.phase:  # its launch was not recorded, or came from another thread
+            place = replace(place, phase=_phase_at(event.time_range.start, phases))
         kind = kind_of(place.ops, event.name)
         seconds = event.time_range.elapsed_us() * US
         yield _work(event, place, seconds, kind, launched=not event.name.startswith("Mem"))
+
+
+def _phase_at(us: float, phases: list[Any]) -> str:
+    """The innermost phase that is open at that time."""
+    around = [event for event in phases if event.time_range.start <= us < event.time_range.end]
+    innermost = max(around, key=lambda event: event.time_range.start, default=None)
+    return "" if innermost is None else str(innermost.name).removeprefix(PHASE)
 
 
 def _work(event: Any, place: _Place, seconds: float, kind: Kind, *, launched: bool) -> Work:
