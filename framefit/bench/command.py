@@ -85,16 +85,15 @@ def _compared(flags: Namespace) -> Answer:
     old, new = (read(file) for file in flags.compare)
     limits = regression.Thresholds(share=flags.percent / 100, seconds=flags.seconds, bytes=flags.bytes)
     changes = regression.compare(old, new, limits)
-    rows = [("row", "figure", "old", "new", "change", "")]
-    rows += [
-        (
-            c.row, c.figure, _shown(c.figure, c.old), _shown(c.figure, c.new), "" if c.share is None else f"{c.share:+.1%}",
-            "WORSE" if c.regression else "",
-        )
-        for c in changes
-    ]  # fmt: skip
+    rows = [("row", "figure", "old", "new", "change", ""), *map(_cells, changes)]
     worse = any(change.regression for change in changes)
     return {"regression": worse, "changes": [asdict(change) for change in changes]}, report.table(rows), int(worse)
+
+
+def _cells(change: regression.Change) -> tuple[str, ...]:
+    share = "" if change.share is None else f"{change.share:+.1%}"
+    figures = (_shown(change.figure, change.old), _shown(change.figure, change.new))
+    return change.row, change.figure, *figures, share, "WORSE" if change.regression else ""
 
 
 def _shown(figure: str, value: float | str) -> str:
