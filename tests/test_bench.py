@@ -252,7 +252,7 @@ def test_figures_follow_from_what_was_measured() -> None:
     assert result.ratio(ours) == 2.5
     assert result.rate(ours) == 2e12
     assert result.share(ours) == 0.5
-    assert "took +50.0% against the beginning" in report.markdown(result)
+    assert "stock took 50.0% longer at the end than at the beginning" in report.markdown(result)
     assert replace(ours, seconds=(1.0, 2.0, 3.0, 4.0, 5.0)).spread_s == (1.0, 2.0, 4.0, 5.0)
 
 

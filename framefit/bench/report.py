@@ -194,7 +194,8 @@ def _drift(result: Result) -> str:
     if result.drift is None:
         return ""
     doubt = "; ratios nearer to 1 than that mean nothing" if abs(result.drift) > DRIFT else ""
-    return f"stock at the end took {result.drift:+.1%} against the beginning, ratios are to the mean of both{doubt}"
+    way = "longer" if result.drift > 0 else "less long"
+    return f"stock took {abs(result.drift):.1%} {way} at the end than at the beginning, ratios are to the mean{doubt}"
 
 
 def _machine(result: Result) -> str:
