@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -44,12 +43,15 @@ SMALL_DECODES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The device's ceilings are filed in a user's state folder of our own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
+@pytest.fixture(scope="module")
+def ceilings_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ceilings")
+
+
+@pytest.fixture(autouse=True)
+def ceilings_are_measured_once(state: None, ceilings_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are filed in a user's state folder, which these tests share."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(ceilings_folder))
 
 
 @pytest.mark.parametrize("name", [*TFLOP, *MORE])
