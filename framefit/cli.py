@@ -200,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
     rerun.add_argument("-m", "--model", metavar="MODEL", help="the model, likewise")
     rerun.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     _output_flags(rerun)
+    _bench_flags(_command(names, "bench", commands.bench, "measure a model's work, technique by technique"))
     return top
 
 
@@ -216,6 +217,27 @@ def _command(names: Any, name: str, command: Command | None, help: str) -> argpa
         added.set_defaults(command=command)
         added.add_argument("--json", action="store_true", help="print one JSON object")
     return added
+
+
+def _bench_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("names", nargs="*", metavar="NAME", help="scenarios, or groups of them")
+    command.add_argument("--list", action="store_true", help="show the scenarios")
+    command.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="where NAME.json, .md and .png go")
+    command.add_argument("--overwrite", action="store_true", help="replace them if they exist")
+    command.add_argument(
+        "--rows", nargs="+", metavar="ROW",
+        help="stock, framefit, cache-dit, or settings as in guidance=apart (default: all that apply)",
+    )  # fmt: skip
+    command.add_argument("--weights", metavar="MODEL", help="random, a model id or a local folder")
+    command.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    command.add_argument("--repeats", type=_count, metavar="N", help="measured calls a row (default: 5, by length)")
+    command.add_argument("--profile", action="store_true", help="show where the time of a call goes, too")
+    command.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two results of one scenario: is NEW worse?"
+    )
+    command.add_argument("--percent", type=float, default=5.0, metavar="P", help="with --compare: noise, in %% (5)")
+    command.add_argument("--seconds", type=float, default=0.005, metavar="S", help="likewise in seconds (0.005)")
+    command.add_argument("--bytes", type=_bytes, default="64MiB", metavar="SIZE", help="likewise in bytes (64MiB)")
 
 
 def _request_flags(command: argparse.ArgumentParser) -> None:

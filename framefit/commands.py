@@ -28,6 +28,7 @@ PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
 """The photo for a first try."""
 
 __all__ = [
+    "bench",
     "compare",
     "doctor",
     "inspect",
@@ -232,6 +233,14 @@ def inspect(flags: Namespace) -> None:
     if seen["parameters"] is not None:
         text += "\n" + json.dumps(seen["parameters"], ensure_ascii=False, indent=2)
     _finish(seen, flags, text)
+
+
+def bench(flags: Namespace) -> int:
+    from framefit.bench.command import answer
+
+    facts, text, code = answer(flags, say=lambda line: print(line, file=sys.stderr, flush=True))
+    _finish(facts, flags, text)
+    return code
 
 
 def compare(flags: Namespace) -> int:

@@ -159,7 +159,7 @@ class Pipeline:
             began = time.perf_counter()
             with self.ledger.phase(f"denoise:{expert}"):
                 noisy = state.latents
-                prediction = self._predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale)
+                prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale)
                 state.latents = schedule.step(prediction, t, noisy)
                 state.step, state.scheduler = index + 1, schedule.state()
             seconds = time.perf_counter() - began
@@ -215,7 +215,7 @@ class Pipeline:
         index = 0 if len(checkpoint.experts) == 1 or t >= boundary else 1
         return checkpoint.experts[index], self.plan.request.guidance[index]
 
-    def _predict(
+    def predict(
         self, expert: str, latents: torch.Tensor, t: torch.Tensor, conditioning: Tensors, scale: float
     ) -> torch.Tensor:
         """The guided prediction in fp32, (1, C, F, H, W). Source: Ho and Salimans, arXiv 2207.12598."""

@@ -26,7 +26,7 @@ RANKS = (
     {"planning"},
     {"pipeline"},
     {"run", "recipe", "profiling"},
-    {"verify", "tune"},
+    {"verify", "tune", "bench"},
     {"cli", "commands", "progress", "__main__"},
 )
 """Room -> rank by position. A room imports rooms of a lower rank, and inside itself."""

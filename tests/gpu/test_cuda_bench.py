@@ -1,0 +1,31 @@
+"""On a card: the rows of a tiny model, and their memory as torch's allocator tells it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from framefit.bench import SCENARIOS, measure
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"),
+]
+
+
+@pytest.mark.parametrize("name", ["tiny-wan", "tiny-easyanimate", "tiny-i2vgen", "tiny-decode"])
+def test_every_row_is_measured_on_a_card(name: str) -> None:
+    result = measure(SCENARIOS[name], device="cuda", repeats=3, profile=True)
+    assert result.hardware == torch.cuda.get_device_name()
+    assert result.ceiling_flops is not None
+    for row in result.rows:
+        if row.name == "cache-dit offload" and row.status == "left out":
+            continue
+        assert row.status == "measured", row.because
+        assert row.peak_allocated_bytes is not None
+        assert row.peak_reserved_bytes is not None
+        assert 0 < row.measured["weights_bytes"] < row.peak_reserved_bytes >= row.peak_allocated_bytes > 0
+        assert row.profile["kinds"]["elementwise"]["seconds"] > 0
+        if row.name != "stock":
+            assert row.quality["relative_l2"] is not None
+            assert row.quality["relative_l2"] < 0.05
