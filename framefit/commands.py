@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -249,6 +250,9 @@ def compare(flags: Namespace) -> int:
     from framefit.quality.compare import beyond
 
     at_least, at_most = dict(flags.min), dict(flags.max)
+    for flag, given in (("--min", flags.min), ("--max", flags.max)):
+        if twice := [name for name, count in Counter(name for name, _ in given).items() if count > 1]:
+            raise UsageError(f"{flag} {twice[0]} was given twice: leave one of them out.")
     asked = tuple(name.strip() for name in flags.metric.split(",")) if flags.metric else ("all",)
     asked = () if "all" in asked else asked
     for name in (*asked, *at_least, *at_most):
@@ -382,7 +386,7 @@ def _refuse_with_resume(flags: Namespace) -> None:
         "--negative": flags.negative_prompt, "--size": flags.size, "--fit": flags.fit, "--frames": flags.num_frames,
         "--fps": flags.fps, "--steps": flags.steps, "--guidance": flags.guidance, "--seed": flags.seed,
         "--lora": flags.loras, "--preset": flags.preset, "--precision": flags.precision,
-        "--set": flags.settings or None,
+        "--set": flags.settings or None, "--untuned": flags.untuned or None,
     }  # fmt: skip
     if given := [flag for flag, value in fixed.items() if value is not None]:
         raise UsageError(

@@ -88,6 +88,10 @@ def tune(
     facts = {"device": options.device, "precision": options.precision, "checkpoints": None, "use_tuned": False}
     checkpoint, untouched = prepare(request, Options(**facts))  # type: ignore[arg-type]
     check_fits(untouched)
+    if untouched.request.steps < (least := 2 * len(checkpoint.experts)):
+        raise UsageError(
+            f"a trial of {untouched.request.steps} steps measures cold starts: ask for --steps {least} or more."
+        )
     scratch = tuned.folder() / f"{_identity(checkpoint, untouched, tier)}.partial"
     scratch.mkdir(parents=True, exist_ok=True)
     release = hold(scratch / "lock", UsageError("this search is run by another process: wait for it, or stop it."))

@@ -10,13 +10,14 @@ import base64
 import html
 import json
 import multiprocessing
+import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from string import Template
 from typing import Any, Literal
@@ -204,19 +205,47 @@ def _checked(gate: Gate, found: Comparison) -> Check:
 
 
 def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """In a fresh process.
+    """What `work` returns or raises, done in a fresh process, which ends with us.
 
     Raises:
-        FramefitError: the process ended without a word; what the work raised comes as it is.
+        FramefitError: the process ended without a word.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(work).result()
-        except BrokenProcessPool:
-            raise FramefitError(
-                "the process that ran the model was killed, as the system does where memory runs out: ask for a "
-                "smaller --size or fewer --frames."
-            ) from None
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_told, args=(work, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        outcome = receiver.recv()
+    except EOFError:
+        raise FramefitError(
+            "the process that ran the model was killed, as the system does where memory runs out: ask for a "
+            "smaller --size or fewer --frames."
+        ) from None
+    finally:
+        process.terminate()
+        process.join()
+    if isinstance(outcome, BaseException):
+        raise outcome
+    made: dict[str, Any] = outcome
+    return made
+
+
+def _told(work: Callable[[], object], sender: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    outcome: object
+    try:
+        outcome = work()
+    except BaseException as error:
+        outcome = error
+    sender.send(outcome)
+
+
+def _end_with_parent() -> None:
+    """A terminated parent must not leave a run behind that goes on computing."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _made(request: Request, output: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

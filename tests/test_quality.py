@@ -389,6 +389,7 @@ def test_bars_decide_the_exit_code(pair: tuple[Path, Path], capsys: pytest.Captu
         (["--max", "lpips=1"], "--lpips-weights"),
         (["--min", "lpips=1"], "use --max lpips"),
         (["--min", "psnr=nan"], "is not METRIC=NUMBER"),
+        (["--min", "psnr=50", "--min", "psnr=10"], "--min psnr was given twice"),
     ],
 )
 def test_wrong_flags(

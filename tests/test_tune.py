@@ -19,7 +19,7 @@ from framefit.tune import Trial, candidates, winner
 pytest.importorskip("skimage")
 
 PHOTO = Path(video.__file__).parent / "assets" / "rocket.jpg"
-SMALL = Request(image=PHOTO, prompt="pan", width=64, height=64, num_frames=5, steps=3, seed=1)
+SMALL = Request(image=PHOTO, prompt="pan", width=64, height=64, num_frames=5, steps=4, seed=1)
 CPU = Options(device="cpu", checkpoints=None)
 
 
@@ -159,7 +159,7 @@ def test_a_candidate_that_fails_has_lost(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"tune {PHOTO} -p pan --size 64x64 --frames 5 --steps 2 --device cpu --memory 64GiB".split()
+    words = f"tune {PHOTO} -p pan --size 64x64 --frames 5 --steps 4 --device cpu --memory 64GiB".split()
     with pytest.raises(SystemExit) as left:
         cli.main(words)
     assert left.value.code == 0
@@ -167,6 +167,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "guidance=together" in shown.out
     assert shown.out.count("filed for run") == 1
     assert "2 of 2" in shown.err
+
+
+def test_trials_of_too_few_steps_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"--steps 4 or more"):
+        tune.tune(replace(SMALL, steps=3), CPU)
 
 
 def test_a_size_without_a_unit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

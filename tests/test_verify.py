@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from framefit import cli, video
-from framefit.errors import FramefitError
+from framefit.errors import DoesNotFit, FramefitError
 from framefit.plan import Plan
 from framefit.quality import Comparison
 from framefit.quality.compare import Score
@@ -140,6 +140,15 @@ def test_weights_for_lpips_are_read_before_anything_is_run(tmp_path: Path, capsy
     assert run(*wanted) == 3
     assert "cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "proof").exists()
+
+
+def test_what_is_raised_apart_comes_back_as_it_is() -> None:
+    with pytest.raises(DoesNotFit, match=r"too small"):
+        apart(partial(_fails, "too small"))
+
+
+def _fails(message: str) -> dict[str, object]:
+    raise DoesNotFit(message)
 
 
 def test_a_killed_process_is_one_sentence(tmp_path: Path) -> None:
