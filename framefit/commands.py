@@ -113,13 +113,13 @@ def plan(flags: Namespace) -> int:
 
 def profile(flags: Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer tells stderr when it starts and stops
+    from framefit.apart import quiet_libraries
     from framefit.families import hub
     from framefit.ledger import Ledger
     from framefit.pipeline import load
     from framefit.profiling import measure, profile
     from framefit.profiling.profile import check_folder
     from framefit.profiling.table import rows, summary
-    from framefit.progress import quiet_libraries
     from framefit.run import check_fits, translated
 
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"

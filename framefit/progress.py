@@ -14,12 +14,13 @@ from typing import Any, Self
 from PIL import Image
 from tqdm import tqdm
 
+from framefit.apart import quiet_libraries
 from framefit.checkpoint import default_root
 from framefit.errors import BadInput, UsageError
 from framefit.pipeline import Step
 from framefit.run import Options
 
-__all__ = ["Progress", "quiet_libraries"]
+__all__ = ["Progress"]
 
 
 class Progress:
@@ -134,13 +135,3 @@ def _show(step: Step, file: Path) -> None:
 
 def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
-
-
-def quiet_libraries() -> None:
-    """Their bars and advice are about their own pipelines; errors still come through."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()

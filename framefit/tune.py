@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from framefit import quality, tuned
+from framefit.apart import apart, quiet_libraries
 from framefit.checkpoint import hold
 from framefit.errors import DoesNotFit, NotFinite, UsageError
 from framefit.families import Checkpoint, hub
@@ -28,7 +29,7 @@ from framefit.plan import SETTINGS, Plan, Tier
 from framefit.request import Request
 from framefit.run import Options, check_fits, generate, prepare
 from framefit.tuned import Tuned
-from framefit.verify import GATES, TIERS, apart, judge, quiet, tier_of
+from framefit.verify import GATES, TIERS, judge, tier_of
 
 __all__ = ["DEFAULT_STEPS", "Trial", "Tuning", "candidates", "named", "tune", "winner"]
 
@@ -217,7 +218,7 @@ def _tried(request: Request, facts: Mapping[str, Any], untouched: Plan, scratch:
 
 def _made(request: Request, output: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds a step and peak bytes of one run, in the process that it has to itself."""
-    quiet()
+    quiet_libraries()
     seconds: dict[str, list[float]] = {}
     options = Options(on_step=lambda step: seconds.setdefault(step.expert, []).append(step.seconds), **facts)
     report = generate(request, output, options)

@@ -9,27 +9,24 @@ from __future__ import annotations
 import base64
 import html
 import json
-import multiprocessing
-import os
 import secrets
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
 from framefit import quality, video
-from framefit.errors import BadOutput, FramefitError
+from framefit.apart import apart, quiet_libraries
+from framefit.errors import BadOutput
 from framefit.plan import Plan, Tier
 from framefit.quality import Comparison, sheet
 from framefit.request import Request
 from framefit.run import Options, check_fits, generate, prepare
 
-__all__ = ["GATES", "TIERS", "Check", "Verdict", "apart", "judge", "quiet", "tier_of", "verify"]
+__all__ = ["GATES", "TIERS", "Check", "Verdict", "judge", "tier_of", "verify"]
 
 FILES = ("metrics.png", "plan.mp4", "reference.mp4", "verdict.html", "verdict.json")
 TEMPLATE = Path(__file__).parent / "assets" / "verdict.html"
@@ -204,64 +201,10 @@ def _checked(gate: Gate, found: Comparison) -> Check:
     return Check(what=gate.metric, value=value, bar=bar, passed=passed, reason=quality.METRICS[gate.metric].says)
 
 
-def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` returns or raises, done in a fresh process, which ends with us.
-
-    Raises:
-        FramefitError: the process ended without a word.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_told, args=(work, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        outcome = receiver.recv()
-    except EOFError:
-        raise FramefitError(
-            "the process that ran the model was killed, as the system does where memory runs out: ask for a "
-            "smaller --size or fewer --frames."
-        ) from None
-    finally:
-        process.terminate()
-        process.join()
-    if isinstance(outcome, BaseException):
-        raise outcome
-    made: dict[str, Any] = outcome
-    return made
-
-
-def _told(work: Callable[[], object], sender: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    outcome: object
-    try:
-        outcome = work()
-    except BaseException as error:
-        outcome = error
-    sender.send(outcome)
-
-
-def _end_with_parent() -> None:
-    """A terminated parent must not leave a run behind that goes on computing."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
 def _made(request: Request, output: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Frames as PNGs, so that no encoder stands between model and metric."""
-    quiet()
+    quiet_libraries()
     return generate(request, output, Options(**facts)).to_json()
-
-
-def quiet() -> None:
-    """The libraries' bars and advice are about their own pipelines."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def _denoising_s(report: Mapping[str, Any]) -> float:

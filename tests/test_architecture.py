@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 
 RANKS = (
     {"errors", "request", "device", "plan", "photo", "marks", "video", "report"},
-    {"families", "ledger", "checkpoint", "schedule", "quality", "tuned"},
+    {"families", "ledger", "apart", "checkpoint", "schedule", "quality", "tuned"},
     {"passes", "testing"},
     {"planning"},
     {"pipeline"},

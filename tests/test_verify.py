@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from framefit import cli, video
+from framefit.apart import apart
 from framefit.errors import DoesNotFit, FramefitError
 from framefit.plan import Plan
 from framefit.quality import Comparison
 from framefit.quality.compare import Score
 from framefit.request import Request
 from framefit.run import Options, prepare
-from framefit.verify import GATES, apart, judge, tier_of
+from framefit.verify import GATES, judge, tier_of
 
 pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
