@@ -31,7 +31,7 @@ from framefit.plan import Plan
 from framefit.schedule import Schedule
 from framefit.video import Frame, Video
 
-__all__ = ["Pipeline", "Step", "load"]
+__all__ = ["PRECISIONS", "Pipeline", "Step", "load"]
 
 NEGATIVE, POSITIVE, BOTH = slice(0, 1), slice(-1, None), slice(None)
 """Guidance branches on the first axis of the conditioning; without guidance the positive one stands alone."""

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from string import Template
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from framefit import quality, video
 from framefit.apart import apart, quiet_libraries
@@ -30,7 +30,7 @@ __all__ = ["GATES", "TIERS", "Check", "Verdict", "judge", "tier_of", "verify"]
 
 FILES = ("metrics.png", "plan.mp4", "reference.mp4", "verdict.html", "verdict.json")
 TEMPLATE = Path(__file__).parent / "assets" / "verdict.html"
-TIERS: tuple[Tier, ...] = ("exact", "near", "lossy")
+TIERS: tuple[Tier, ...] = get_args(Tier)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

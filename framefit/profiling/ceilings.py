@@ -18,12 +18,12 @@ import torch
 
 from framefit.checkpoint import default_root
 from framefit.device import Device
+from framefit.pipeline import PRECISIONS
 from framefit.profiling.counts import Counts
 from framefit.profiling.kinds import Kind
 
 __all__ = ["Ceilings", "measure"]
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET_S = 0.1
 """For one rate, after the first, untimed call."""
 
