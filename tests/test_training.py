@@ -21,8 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from framefit.families import CHECKPOINTS, wan
+from framefit.families import find as find_model
 from framefit.families.parts import Parts
 from framefit.families.pixels import to_tensor
+from framefit.pipeline import Pipeline, load
+from framefit.request import Request
+from framefit.run import Options, prepare
 from framefit.testing import randomise
 from training import captions, experts, flat, package, phrases, scenes, stretch, text, vae
 from training.captions import NEUTRAL, caption
@@ -603,27 +607,61 @@ def test_on_the_cpu_it_computes_in_fp32() -> None:
     assert (model.config.in_channels, model.config.out_channels) == (36, 16)
 
 
-def scheduler_of(shift: float) -> Any:
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-
-
-@pytest.mark.parametrize(("steps", "shift"), [(4, 3.0), (16, 3.0), (4, 5.0), (7, 1.0)])
-def test_the_few_steps_are_those_of_the_scheduler(steps: int, shift: float) -> None:
-    """Within what fp32 keeps of them."""
+@pytest.mark.parametrize(("steps", "guidance"), [(4, 1.0), (5, 2.0)])
+@torch.no_grad()
+def test_a_few_step_run_in_training_is_a_run(photo: Path, steps: int, guidance: float) -> None:
+    """The same scheduler, experts and guidance as the pipeline's, whose noise and conditioning it is given."""
     pytest.importorskip("peft")
     from training import few
 
-    levels = few.run_levels(steps, shift)
-    scheduler = scheduler_of(shift)
-    scheduler.set_timesteps(steps)
-    assert levels == sorted(levels, reverse=True)
-    assert levels[0] == 1
-    assert scheduler.sigmas[-1] == 0
-    torch.testing.assert_close(torch.tensor(levels), scheduler.sigmas[:-1], rtol=0, atol=2e-6)
-    # the same expert serves them as in a run
-    served = [t >= 1000 * package.BOUNDARY for t in scheduler.timesteps.tolist()]
-    assert [level >= few.BOUNDARY for level in levels] == served
-    assert few.BOUNDARY == package.BOUNDARY
+    request = Request(
+        image=photo, prompt="pan left", width=96, height=64, num_frames=9, steps=steps, guidance=(guidance,), seed=1
+    )
+    _, plan = prepare(request, Options(device="cpu", checkpoints=None, use_tuned=False))
+    pipeline = Pipeline(plan, load(plan, find_model("tiny")).parts)
+    assert len(set(pipeline.experts())) == 2
+    state = pipeline.encode()
+    noise, image, text_states = state.latents, state.conditioning["image"], state.conditioning["text"]
+    pipeline.denoise(state)
+    models = [pipeline.parts["transformer"], pipeline.parts["transformer_2"]]
+    empty = text_states[:1] if guidance > 1 else None
+    end = few.ended(models, noise, image, text_states[-1:], steps, 3.0, empty, guidance)
+    torch.testing.assert_close(end, state.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_few_step_form_learns_to_end_where_the_guided_run_ends(tmp_path: Path) -> None:
+    """Through all its steps: both experts learn, and nothing but their additions does."""
+    pytest.importorskip("peft")
+    from training import few
+
+    for name in ("high", "low"):
+        model = small_denoiser()
+        randomise(model, generator())
+        model.save_pretrained(tmp_path / name)
+    folders = [tmp_path / "high", tmp_path / "low"]
+    teachers = [experts.compute_copy(experts.load(folder), CPU) for folder in folders]
+    clips = experts.Clips(
+        latents=torch.randn(2, 16, 2, 4, 4, generator=generator()), photos=torch.randn(2, 20, 2, 4, 4),
+        motions=torch.tensor([0, 1]),
+    )  # fmt: skip
+    words = torch.randn(4, 1, 6, text.WIDTH, generator=generator())
+    said = experts.Captions(states=words[:2], neutral=words[2], empty=words[3])
+    runs = few._taught(teachers, clips, said, (6, 3.0, 4.0), generator())
+    students = [few._student(folder, 2, CPU) for folder in folders]
+    learnt = {f"{i}.{name}": p for i, s in enumerate(students) for name, p in s.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in learnt)
+    optimizer, errors = torch.optim.Adam(learnt.values(), lr=0.02), []
+    for _ in range(12):
+        end = few.ended(students, runs.noise, runs.photos, runs.states, 4, 3.0)
+        error = (end - runs.ends).square().mean()
+        errors.append(error.item())
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    plain = few.ended(teachers, runs.noise, runs.photos, runs.states, 4, 3.0)
+    assert errors[0] == pytest.approx((plain - runs.ends).square().mean().item(), rel=1e-4)
+    assert errors[-1] < 0.7 * errors[0]
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in learnt.values())
 
 
 # the photographs

@@ -1,9 +1,10 @@
-"""The few-step form: low-rank additions that make each expert jump to where the whole guided run would end.
+"""The few-step form: low-rank additions with which a run of few steps, unguided, ends where the whole guided run ends.
 
     python -m training.few [--seconds 300]
 
-From a clip mixed with noise at one of the few levels that a short run visits, the teacher (both experts, guided) goes
-all the way down in many small steps; the student, one expert without guidance, learns to name that end at once.
+The teacher (both experts, guided) runs from noise to the end once for every clip's photo and caption. The student runs
+from the same noise in its few steps, with the scheduler of a run, and learns through all of them (after Luhman and
+Luhman, arXiv 2101.02388, whose student takes one step).
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import argparse
 import json
 import time
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -24,31 +24,50 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training import experts
+from framefit.schedule import Schedule
+from training import experts, package
 from training.experts import BOUNDARY, Captions, Clips
 from training.stretch import Pace, Trainee, train
 
-__all__ = ["main", "run_levels"]
+__all__ = ["ended", "main"]
 
 RECIPE = Path(__file__).with_name("recipe.toml")
-LOWEST = 1 / 1000
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+TOGETHER = 48
+"""Runs of the teacher at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runs:
+    """Runs of one size: where they start, what they are given, and where the teacher ends."""
+
+    noise: Tensor
+    """(N, 16, f, h, w), fp32"""
+    photos: Tensor
+    """(N, 20, f, h, w)"""
+    states: Tensor
+    """(N, tokens, D)"""
+    ends: Tensor
+    """(N, 16, f, h, w), fp32"""
 
 
 def main() -> None:
     options = _options()
     recipe = tomllib.loads(RECIPE.read_text())
+    settings, pace, shift = recipe["few"], Pace(**recipe["pace"]["few"]), recipe["denoiser"]["shift"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     began = time.monotonic()
     clips, said = experts.prepare(
         recipe, options.data, options.vae, options.text, device, "few", options.clips or recipe["clips"]["few"]
     )
-    teachers = [experts.compute_copy(experts.load(options.experts / name), device) for name in ("high", "low")]
-    if device.type == "cuda":
-        for teacher in teachers:
-            teacher.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    torch.manual_seed(recipe["pace"]["few"]["seed"])
-    students = [_student(options.experts / name, recipe["few"]["rank"], device) for name in ("high", "low")]
+    folders = [options.experts / name for name in ("high", "low")]
+    teachers = [experts.compute_copy(experts.load(folder), device) for folder in folders]
+    generator = torch.Generator(device).manual_seed(pace.seed)
+    guided = (settings["teacher_steps"], shift, settings["teacher_guidance"])
+    runs = [_taught(teachers, group, said, guided, generator) for group in clips]
+    prepared_s = time.monotonic() - began
+    torch.manual_seed(pace.seed)
+    students = [_student(folder, settings["rank"], device) for folder in folders]
     trainee = Trainee(
         parameters={
             f"{prefix}.{name}": parameter
@@ -56,14 +75,19 @@ def main() -> None:
             for name, parameter in student.named_parameters()
             if parameter.requires_grad
         },
-        pace=Pace(**recipe["pace"]["few"]),
+        pace=pace,
     )
+
+    def loss(progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        # on the host: to ask the device would wait for it
+        (group,) = Random(generator.initial_seed()).choices(runs, weights=recipe["model"]["shares"])
+        chosen = torch.randint(len(group.noise), (settings["batch"],), generator=generator, device=device)
+        noise, photos, states = (part[chosen] for part in (group.noise, group.photos, group.states))
+        end = ended(students, noise, photos, states, settings["steps"], shift)
+        return (end - group.ends[chosen]).square().mean(), {}
+
     finished = train(
-        trainee,
-        lambda progress, generator: _loss(teachers, students, clips, said, recipe, generator),
-        options.out / "few.state.safetensors",
-        seconds=options.seconds - (time.monotonic() - began),
-        every=10,
+        trainee, loss, options.out / "few.state.safetensors", seconds=options.seconds - prepared_s, every=10
     )
     with torch.no_grad():
         trainee.finish()
@@ -74,8 +98,9 @@ def main() -> None:
     }
     save_file(weights, options.out / "few_step.safetensors")
     report = {
-        "finished": finished, "step": trainee.step, "seconds": trainee.seconds, "recipe": recipe["few"],
-        "pace": asdict(trainee.pace), "parameters": sum(w.numel() for w in weights.values()), "curve": trainee.curve,
+        "finished": finished, "step": trainee.step, "seconds": trainee.seconds, "prepared_s": round(prepared_s, 1),
+        "recipe": settings, "pace": asdict(pace), "parameters": sum(w.numel() for w in weights.values()),
+        "curve": trainee.curve,
     }  # fmt: skip
     (options.out / "few.json").write_text(json.dumps(report))
     print(
@@ -83,15 +108,57 @@ def main() -> None:
     )
 
 
-def run_levels(steps: int, shift: float) -> list[float]:
-    """The noise levels that a run of `steps` visits, the highest first; zero, its end, is left out.
+def ended(
+    models: Sequence[WanTransformer3DModel],
+    noise: Tensor,
+    photos: Tensor,
+    states: Tensor,
+    steps: int,
+    shift: float,
+    empty: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """Where a run of `steps` from `noise` ends, fp32 (B, 16, f, h, w), by the shipped scheduler and with both experts.
 
-    They are those of diffusers' scheduler, which goes down to a thousandth before the shift: the second of four lies
-    just above the boundary, and a level on the other side of it would train the expert that does not serve there.
+    Args:
+        photos: mask and encoded photo, (B, 20, f, h, w).
+        states: of the caption, (B, tokens, D).
+        empty: of no words, (1, tokens, D): what `guidance` leads away from. None: no guidance.
     """
-    even = torch.linspace(1, LOWEST, steps + 1, dtype=torch.float64)[:-1]
-    levels: list[float] = experts.shifted(even, shift).tolist()
-    return levels
+    if empty is not None:
+        photos, states = torch.cat([photos, photos]), torch.cat([states, empty.expand_as(states)])
+    schedule = Schedule(package.scheduler(shift), steps, noise.device)
+    latents = noise
+    for t in schedule.timesteps:
+        model = models[0] if t >= BOUNDARY * schedule.train_timesteps else models[1]
+        given = latents if empty is None else torch.cat([latents, latents])
+        predicted = model(
+            hidden_states=torch.cat([given, photos], dim=1).to(model.dtype),
+            timestep=t.expand(len(given)),
+            encoder_hidden_states=states.to(model.dtype),
+            return_dict=False,
+        )[0].float()
+        if empty is not None:
+            asked, unasked = predicted.chunk(2)
+            predicted = unasked + guidance * (asked - unasked)
+        latents = schedule.step(predicted, t, latents)
+    return latents
+
+
+@torch.no_grad()
+def _taught(
+    teachers: Sequence[WanTransformer3DModel],
+    clips: Clips,
+    said: Captions,
+    guided: tuple[int, float, float],
+    generator: torch.Generator,
+) -> Runs:
+    steps, shift, guidance = guided
+    noise = torch.randn(clips.latents.shape, generator=generator, device=clips.latents.device)
+    states = said.draw(clips.motions, 0.0, generator)
+    given = zip(*(torch.split(part, TOGETHER) for part in (noise, clips.photos, states)), strict=True)
+    ends = [ended(teachers, start, photos, asked, steps, shift, said.empty, guidance) for start, photos, asked in given]
+    return Runs(noise=noise, photos=clips.photos, states=states, ends=torch.cat(ends))
 
 
 def _student(folder: Path, rank: int, device: torch.device) -> WanTransformer3DModel:
@@ -99,63 +166,6 @@ def _student(folder: Path, rank: int, device: torch.device) -> WanTransformer3DM
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=True))
     return experts.compute_copy(model, device)
-
-
-def _loss(
-    teachers: list[WanTransformer3DModel],
-    students: list[WanTransformer3DModel],
-    clips: list[Clips],
-    said: Captions,
-    recipe: Mapping[str, Any],
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    settings, device = recipe["few"], said.neutral.device
-    chance = Random(generator.initial_seed())  # on the host: to ask the device would wait for it
-    group = chance.choice(clips)
-    chosen = torch.randint(len(group.motions), (settings["batch"],), generator=generator, device=device)
-    latents, photos = group.latents[chosen].float(), group.photos[chosen].float()
-    states = said.draw(group.motions[chosen], 0.0, generator)
-    levels = run_levels(settings["levels"], recipe["denoiser"]["shift"])
-    level = chance.choice(levels)
-    noise = torch.randn(latents.shape, generator=generator, device=device)
-    start = experts.noised(latents, torch.full((len(latents),), level, device=device), noise)
-    below = [at for at in run_levels(settings["teacher_steps"], recipe["denoiser"]["shift"]) if at < level - 1e-3]
-    end = _descended(teachers, start, [level, *below], photos, states, said.empty, settings["teacher_guidance"])
-    predicted = _velocity(students, start, level, photos, states)
-    error = (predicted - (start - end) / level).square().mean()
-    return error, {f"level_{levels.index(level)}": error * len(levels)}
-
-
-@torch.no_grad()
-def _descended(
-    teachers: list[WanTransformer3DModel],
-    latents: Tensor,
-    levels: list[float],
-    photos: Tensor,
-    states: Tensor,
-    empty: Tensor,
-    guidance: float,
-) -> Tensor:
-    """Where the guided teacher's run ends that starts from `latents` at levels[0]."""
-    both = torch.cat([states, empty.expand_as(states)])
-    twice = torch.cat([photos, photos])
-    for level, lower in zip(levels, [*levels[1:], 0.0], strict=True):
-        asked, unasked = _velocity(teachers, torch.cat([latents, latents]), level, twice, both).chunk(2)
-        latents = latents + (lower - level) * (unasked + guidance * (asked - unasked))
-    return latents
-
-
-def _velocity(
-    models: list[WanTransformer3DModel], latents: Tensor, level: float, photos: Tensor, states: Tensor
-) -> Tensor:
-    model = models[0] if level >= BOUNDARY else models[1]
-    predicted: Tensor = model(
-        hidden_states=torch.cat([latents, photos], dim=1).to(model.dtype),
-        timestep=torch.full((len(latents),), level * 1000, device=latents.device),
-        encoder_hidden_states=states.to(model.dtype),
-        return_dict=False,
-    )[0]
-    return predicted.float()
 
 
 def _options() -> argparse.Namespace:

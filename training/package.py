@@ -17,7 +17,7 @@ from diffusers import UniPCMultistepScheduler
 
 from training.experts import BOUNDARY
 
-__all__ = ["main"]
+__all__ = ["main", "scheduler"]
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 MOST_BYTES = 32 * 2**20
@@ -46,9 +46,7 @@ def main() -> None:
     (options.out / few.name).unlink(missing_ok=True)
     if few.exists():
         shutil.copyfile(few, options.out / few.name)
-    UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=recipe["denoiser"]["shift"]
-    ).save_pretrained(options.out / "scheduler")
+    scheduler(recipe["denoiser"]["shift"]).save_pretrained(options.out / "scheduler")
     config = options.out / "scheduler" / "scheduler_config.json"
     config.write_bytes(_clean(config))
     index = {
@@ -64,6 +62,11 @@ def main() -> None:
     }
     (options.out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     _check(options.out)
+
+
+def scheduler(shift: float) -> UniPCMultistepScheduler:
+    """The one that the model is shipped with, which is that of Wan2.2-I2V-A14B."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 def _clean(file: Path) -> bytes:
