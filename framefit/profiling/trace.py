@@ -68,7 +68,7 @@ def record(call: Callable[[], object], device: str, *, memory: bool = False) -> 
     """Run `call` once under torch.profiler; `memory` also records every allocation."""
     card = device != "cpu"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if card else [])]
-    with torch.profiler.profile(activities=activities, profile_memory=memory) as profiler:
+    with torch.profiler.profile(activities=activities, profile_memory=memory, acc_events=True) as profiler:
         call()
         if card:
             torch.cuda.synchronize(device)
