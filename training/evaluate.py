@@ -44,7 +44,7 @@ from framefit.families.files import fingerprint
 from framefit.families.pixels import to_frames, to_tensor
 from framefit.pipeline import Pipeline, load
 from framefit.plan import Plan
-from framefit.request import Request
+from framefit.request import Lora, Request
 from framefit.run import Options, prepare
 from framefit.video import Frame
 from training import estimate as motions
@@ -151,8 +151,9 @@ class Model:
         arguments = self._arguments
         guidance = None if arguments.guidance is None else (arguments.guidance,)
         request = Request(
-            image=photo, prompt=prompt, model=arguments.model, seed=seed, steps=arguments.steps, guidance=guidance
-        )
+            image=photo, prompt=prompt, model=arguments.model, seed=seed, steps=arguments.steps, guidance=guidance,
+            loras=tuple(Lora.parse(text) for text in arguments.loras),
+        )  # fmt: skip
         return prepare(request, Options(device=arguments.device, checkpoints=None, use_tuned=False))[1]
 
 
@@ -179,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=1, help="that make videos side by side (default: 1)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
+    parser.add_argument("--lora", dest="loras", action="append", default=[], help="a LoRA's file, merged")
     parser.add_argument("--motions", type=_names, default=BASIC, help="the basic motions (default: the nine)")
     parser.add_argument("--phrasings", type=int, default=1, help="prompts a photo, motion and language (default: 1)")
     parser.add_argument("--variants", type=int, default=4, help="slow, fast, combined: runs a photo and language")

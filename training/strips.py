@@ -28,7 +28,6 @@ SHOWN = (
 )
 FRAMES = (0, 8, 16)
 GAP = 4
-WIDTH, HEIGHT = 288, 192
 
 
 def main() -> None:
@@ -44,15 +43,16 @@ def main() -> None:
 
 
 def _row(photo: Path, prompt: str) -> Image.Image:
-    request = Request(image=photo, prompt=prompt, seed=1, width=WIDTH, height=HEIGHT)
+    request = Request(image=photo, prompt=prompt, seed=1)
     _, plan = prepare(request, Options(device="cpu", checkpoints=None, use_tuned=False))
     frames = list(Pipeline(plan, load(plan, find("tiny")).parts).run().frames)
-    gap = np.full((HEIGHT, GAP, 3), 255, dtype=np.uint8)
+    height = frames[0].shape[0]
+    gap = np.full((height, GAP, 3), 255, dtype=np.uint8)
     parts = [part for number in FRAMES for part in (frames[number], gap)][:-1]
     row = Image.fromarray(np.concatenate(parts, axis=1))
     if prompt.isascii():  # Pillow's own font has no Chinese; the caption beside the picture names those prompts
         ImageDraw.Draw(row).text(
-            (6, HEIGHT - 18), prompt, fill="white", stroke_fill="black", stroke_width=2,
+            (6, height - 18), prompt, fill="white", stroke_fill="black", stroke_width=2,
             font=ImageFont.load_default(12),
         )  # fmt: skip
     return row

@@ -27,7 +27,7 @@ def tiny() -> Checkpoint:
         licence="Apache-2.0",
         download_bytes=0,
         sizes=Sizes(
-            multiple=16, default=(320, 192), named=((320, 192), (192, 320), (240, 240)),
+            multiple=16, default=(384, 256), named=((384, 256), (256, 384), (320, 320)),
             max_area=512 * 512, min_side=64,
         ),
         frames=Frames(stride=4, default=17, trained=17, most=81),
