@@ -22,7 +22,10 @@ from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
     from framefit.families import Checkpoint
+    from framefit.pipeline import Pipeline
     from framefit.plan import Plan
+    from framefit.profiling import Profile
+    from framefit.profiling.layers import Loss
     from framefit.report import Report
 
 PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
@@ -31,6 +34,7 @@ PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
 __all__ = [
     "bench",
     "compare",
+    "diagnose",
     "doctor",
     "inspect",
     "models_ls",
@@ -112,6 +116,14 @@ def plan(flags: Namespace) -> int:
 
 
 def profile(flags: Namespace) -> None:
+    from framefit.profiling.table import rows, summary
+
+    result, _ = _profiled(flags)
+    text = [_table(rows(result)), "", *summary(result)]
+    _finish(result.to_json(), flags, "\n".join(text))
+
+
+def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer tells stderr when it starts and stops
     from framefit.apart import quiet_libraries
     from framefit.families import hub
@@ -119,7 +131,6 @@ def profile(flags: Namespace) -> None:
     from framefit.pipeline import load
     from framefit.profiling import measure, profile
     from framefit.profiling.profile import check_folder
-    from framefit.profiling.table import rows, summary
     from framefit.run import check_fits, translated
 
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -133,13 +144,42 @@ def profile(flags: Namespace) -> None:
     print("load, then every phase four times ...", file=sys.stderr)
     ledger = Ledger(plan.device.id)
     try:
-        result = profile(load(plan, checkpoint, ledger), folder, ceilings, steps=flags.profile_steps)
+        pipeline = load(plan, checkpoint, ledger)
+        return profile(pipeline, folder, ceilings, steps=flags.profile_steps), pipeline
     except FramefitError:
         raise
     except Exception as error:
         raise translated(error, plan, ledger) from error
-    text = [_table(rows(result)), "", *summary(result)]
-    _finish(result.to_json(), flags, "\n".join(text))
+
+
+def diagnose(flags: Namespace) -> None:
+    from framefit.profiling import findings
+    from framefit.profiling.rules import RULES
+
+    if flags.profile:
+        if flags.layers:
+            raise UsageError("--layers runs the model, and --from reads what was measured: leave one of them out.")
+        case = findings.read(flags.profile)
+    else:
+        result, pipeline = _profiled(flags)
+        case = findings.Case.of(result, _losses(flags, pipeline) if flags.layers else ())
+    found = findings.diagnose(case, RULES)
+    facts = {"run_s": case.run_s, "findings": [finding.to_json() for finding in found]}
+    _finish(facts | {"layers": [loss.to_json() for loss in case.losses]}, flags, findings.text(case, found))
+
+
+def _losses(flags: Namespace, pipeline: Pipeline) -> list[Loss]:
+    """Of the plan's layers, beside those of the model with nothing changed."""
+    from framefit.profiling.layers import losses, untouched
+
+    flags.precision, flags.settings, flags.untuned = None, [], True
+    checkpoint, reference = _prepared(flags)
+    chosen = [(plan.precision, [(s.type, s.value) for s in plan.settings]) for plan in (pipeline.plan, reference)]
+    if chosen[0] == chosen[1]:
+        print("the plan is that of the untouched model: no layer differs.", file=sys.stderr)
+        return []
+    print("every layer beside the untouched model's ...", file=sys.stderr)
+    return losses(pipeline, pipeline.encode(), untouched(reference, checkpoint))
 
 
 def models_ls(flags: Namespace) -> None:
