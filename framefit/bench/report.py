@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def markdown(result: Result) -> str:
         table(rows),
         "\n".join(rest),
         _profiles(result),
+        _advice(result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -183,6 +184,20 @@ def _profiles(result: Result) -> str:
                 )
             )  # fmt: skip
     return table(lines)
+
+
+def _advice(result: Result) -> str:
+    """With --profile, what would help each row most, and how much of a call it may save at the most."""
+    lines = []
+    for row in result.rows:
+        for found in row.advice:
+            told = [f"{_saved(row, advice)}: {advice['do']}" for advice in found["advice"][:2]]
+            lines.append(f"- {row.name}, {found['rule']}: {found['because']}. {'; '.join(told)}")
+    return "\n".join(["## Advice", "", *lines]) if lines else ""
+
+
+def _saved(row: Row, advice: Mapping[str, Any]) -> str:
+    return f"{advice['gain_s'] / row.median_s:.0%}, {advice['tier'] or 'another video'}"
 
 
 def _title(result: Result) -> str:

@@ -73,14 +73,10 @@ class Case:
 
     @classmethod
     def of(cls, profile: Profile, losses: Sequence[Loss] = ()) -> Self:
-        plan = profile.plan
-        return cls(
-            device=plan.device, precision=plan.precision, settings={s.type: s.value for s in plan.settings},
-            phases=profile.phases, ceilings=profile.ceilings, surroundings=profile.surroundings, losses=tuple(losses),
-        )  # fmt: skip
+        return cls.from_json(profile.to_json(), losses)
 
     @classmethod
-    def from_json(cls, profile: Mapping[str, Any]) -> Self:
+    def from_json(cls, profile: Mapping[str, Any], losses: Sequence[Loss] = ()) -> Self:
         """From what `Profile.to_json` gave."""
         plan = profile["plan"]
         return cls(
@@ -88,7 +84,7 @@ class Case:
             settings={setting["type"]: setting["value"] for setting in plan["settings"]},
             phases=tuple(PhaseProfile.from_json(phase) for phase in profile["phases"]),
             ceilings=Ceilings.from_json(profile["ceilings"]),
-            surroundings=Surroundings.from_json(profile["surroundings"]),
+            surroundings=Surroundings.from_json(profile["surroundings"]), losses=tuple(losses),
         )  # fmt: skip
 
 

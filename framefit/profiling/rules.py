@@ -95,7 +95,7 @@ RULES: tuple[Rule, ...] = (
         "{layer} adds {added:.2g}, {share:.0%} of the squares of all blocks'{others}",
         remedies=(
             Remedy(
-                do="leave this layer as it was: out of the LoRA, or at the precision of the untouched model; "
+                do="leave this layer out of what changed it, a setting or a lower precision; "
                 "then framefit verify", tier="exact", gain=lambda case, seen: 0.0,
             ),
         ),
