@@ -37,7 +37,6 @@ from framefit.profiling.profile import PhaseProfile
 from framefit.profiling.rules import RULES
 from framefit.profiling.stalls import Stalls
 from framefit.profiling.surroundings import Card, Sample, Surroundings, Watch, held_down, throttled_s
-from framefit.testing import save_tiny
 
 ROOT = Path(__file__).parents[1]
 RATES = Ceilings(
@@ -383,19 +382,29 @@ def test_a_card_that_holds_its_clocks_down(tmp_path: Path) -> None:
 def test_short_phases_are_left_alone_and_gains_are_of_a_run() -> None:
     long, short = call_of(matmul=1.0), call_of(0.1, elementwise=0.1)
     found = diagnose(case(("denoise:transformer", long), ("decode", short), times=4, device=HOPPER), RULES)
-    assert {finding.phase for finding in found} - {""} == {"denoise:transformer", "decode"}
+    assert {finding.phases for finding in found} - {()} == {("denoise:transformer",), ("decode",)}
     assert found[0].gain_s == max(finding.gain_s for finding in found)
     assert max(advice.gain_s for advice in found[-1].advice) == found[-1].gain_s
-    bound = next(finding for finding in found if finding.phase == "decode")
+    bound = next(finding for finding in found if finding.phases == ("decode",))
     assert bound.gain_s == pytest.approx(4 * 0.05)
     alone = diagnose(case(("denoise:transformer", long), ("decode", call_of(0.01, elementwise=0.01))), RULES)
-    assert {finding.phase for finding in alone} - {""} == {"denoise:transformer"}
+    assert {finding.phases for finding in alone} - {()} == {("denoise:transformer",)}
+
+
+def test_one_finding_of_two_experts() -> None:
+    call = call_of(matmul=Cost(seconds=1.0, precision="bf16"))
+    experts = [("denoise:transformer", call), ("denoise:transformer_2", replace(call, plain_s=0.5))]
+    found = ask(case(*experts, times=10, device=HOPPER, precision="bf16"))["matmul-bound"]
+    assert found.phases == ("denoise:transformer", "denoise:transformer_2")
+    assert found.gain_s == pytest.approx(2 * 10 * 0.42)
 
 
 @pytest.fixture
-def pipelines(tmp_path: Path, make_plan: Callable[..., Plan], load_fp32: Callable[[Checkpoint], Parts]) -> Any:
+def pipelines(
+    tiny: Callable[[str], Checkpoint], make_plan: Callable[..., Plan], load_fp32: Callable[[Checkpoint], Parts]
+) -> Any:
     """Of a plan, and an untouched one."""
-    row = save_tiny("wan2.2-i2v-a14b", tmp_path / "tiny")
+    row = tiny("wan2.2-i2v-a14b")
     return [Pipeline(make_plan(row, steps=4), load_fp32(row)) for _ in range(2)]
 
 
@@ -437,16 +446,19 @@ def test_a_profile_is_read_back(
     seen = profile(Pipeline(make_plan(row, steps=4), load_fp32(row)), tmp_path, RATES, steps=1)
     for where in (tmp_path, tmp_path / "profile.json"):
         again = read(where)
-        told = [(f.rule, f.phase, f.binds) for f in diagnose(again, RULES)]
-        assert told == [(f.rule, f.phase, f.binds) for f in diagnose(Case.of(seen), RULES)]
+        told = [(f.rule, f.phases, f.binds) for f in diagnose(again, RULES)]
+        assert told == [(f.rule, f.phases, f.binds) for f in diagnose(Case.of(seen), RULES)]
     phases = {phase.name for phase in seen.phases if phase.times * phase.breakdown.plain_s > 0.05 * seen.run_s}
-    assert {phase for _, phase, binds in told if binds} == phases
+    assert {phase for _, named, binds in told if binds for phase in named} == phases
     (tmp_path / "profile.json").write_text("{}")
     with pytest.raises(BadInput, match="is no profile of this framefit"):
         read(tmp_path)
 
 
-def test_the_command(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("framefit.profiling.ceilings.BUDGET_S", 0.0)
     small = ["--size", "64x64", "--frames", "5", "--steps", "4", "--profile-steps", "1", "--device", "cpu"]
 
     def said(*arguments: str) -> str:

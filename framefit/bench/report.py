@@ -23,6 +23,9 @@ COLUMNS = (
 DRIFT = 0.02
 """Stock's change from beginning to end that is called out."""
 
+HELPFUL = 4
+"""Findings of a row that are told; the JSON has all."""
+
 COLOURS = {"stock": "#9aa0a6", "exact": "#2f7ed8", "near": "#e08a1e", "lossy": "#b5539c", "peer": "#4f9d69"}
 
 
@@ -187,17 +190,17 @@ def _profiles(result: Result) -> str:
 
 
 def _advice(result: Result) -> str:
-    """With --profile, what would help each row most, and how much of a call it may save at the most."""
+    """With --profile, what would help each row most, and how much of a call each may save at the most."""
     lines = []
     for row in result.rows:
-        for found in row.advice:
-            told = [f"{_saved(row, advice)}: {advice['do']}" for advice in found["advice"][:2]]
+        for found in row.advice[:HELPFUL]:
+            told = [f"{advice['do']} ({_saved(row, advice)})" for advice in found["advice"] if advice["tier"]]
             lines.append(f"- {row.name}, {found['rule']}: {found['because']}. {'; '.join(told)}")
     return "\n".join(["## Advice", "", *lines]) if lines else ""
 
 
 def _saved(row: Row, advice: Mapping[str, Any]) -> str:
-    return f"{advice['gain_s'] / row.median_s:.0%}, {advice['tier'] or 'another video'}"
+    return f"{advice['gain_s'] / row.median_s:.0%}, {advice['tier']}"
 
 
 def _title(result: Result) -> str:

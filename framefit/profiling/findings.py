@@ -6,8 +6,8 @@ What the rules ask and advise is in `rules`; the tree in docs/diagnose.md is dra
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -127,11 +127,12 @@ class Finding:
     """A rule that said yes."""
 
     rule: str
-    phase: str
-    """Empty: the whole run."""
+    phases: tuple[str, ...]
+    """Empty: the whole run. The experts that one thing was found of are together."""
     binds: bool
-    """Whether it is about the largest part of its phase."""
+    """Whether it is about the largest part of a phase."""
     because: str
+    """The evidence in a sentence; of several phases it is that of the one with most to gain."""
     evidence: Evidence
     advice: tuple[Advice, ...]
     """What saves most first."""
@@ -151,7 +152,7 @@ def diagnose(case: Case, rules: Sequence[Rule]) -> list[Finding]:
     for phase in case.phases:
         if phase.times * phase.breakdown.plain_s > SMALL_PHASE * case.run_s:
             found += _of_phase(case, phase, rules)
-    return sorted(found, key=lambda finding: -finding.gain_s)
+    return sorted(_together(found), key=lambda finding: -finding.gain_s)
 
 
 def read(path: Path) -> Case:
@@ -200,6 +201,27 @@ def _of_phase(case: Case, phase: PhaseProfile, rules: Sequence[Rule]) -> Iterato
                 yield finding
 
 
+def _together(found: Sequence[Finding]) -> Iterator[Finding]:
+    """What was found of several experts as one finding, with the gains of all."""
+    groups: dict[tuple[str, Any], list[Finding]] = {}
+    for each in found:
+        experts = any(phase.startswith(DENOISE) for phase in each.phases)
+        groups.setdefault((each.rule, DENOISE if experts else each.phases), []).append(each)
+    for same in groups.values():
+        gains: dict[tuple[str, Tier | None], float] = {}
+        for advice in (advice for each in same for advice in each.advice):
+            gains[advice.do, advice.tier] = gains.get((advice.do, advice.tier), 0.0) + advice.gain_s
+        yield replace(
+            max(same, key=lambda finding: finding.gain_s),
+            phases=tuple(phase for each in same for phase in each.phases), binds=any(each.binds for each in same),
+            advice=_ranked(Advice(do=do, tier=tier, gain_s=gain_s) for (do, tier), gain_s in gains.items()),
+        )  # fmt: skip
+
+
+def _ranked(advice: Iterable[Advice]) -> tuple[Advice, ...]:
+    return tuple(sorted(advice, key=lambda each: -each.gain_s))
+
+
 def _part(phase: PhaseProfile, part: Part, shares: Mapping[Part, float]) -> dict[str, Any]:
     """What every rule about a part of a phase is given."""
     call, spent_s = phase.breakdown, sum(shares.values())
@@ -212,7 +234,7 @@ def _part(phase: PhaseProfile, part: Part, shares: Mapping[Part, float]) -> dict
     if work is None:
         return facts
     reached = work.of_ceiling
-    beside = "" if reached is None else f" at {reached:.0%} of what this device was measured to do"
+    beside = "" if reached is None else f" at {reached:.0%} of the measured ceiling"
     return facts | {
         "ceiling_s": work.ceiling_s, "precision": work.precision, "beside": beside, "all_s": work.seconds,
         "others_s": call.busy_s - shares[part],
@@ -222,16 +244,16 @@ def _part(phase: PhaseProfile, part: Part, shares: Mapping[Part, float]) -> dict
 def _finding(
     case: Case, rule: Rule, evidence: Evidence, phase: PhaseProfile | None = None, *, binds: bool = False
 ) -> Finding:
-    times = phase.times if phase else 1
+    times, name = (phase.times, phase.name) if phase else (1, "")
+    evidence = {**evidence, "each": " a step" if name.startswith(DENOISE) else ""}
     gains = ((remedy, remedy.gain(case, evidence)) for remedy in rule.remedies)
-    advice = [
-        Advice(do=remedy.do, tier=remedy.tier, gain_s=times * max(0.0, gain))
-        for remedy, gain in gains
-        if gain is not None
-    ]
     return Finding(
-        rule=rule.name, phase=phase.name if phase else "", binds=binds, because=rule.says.format(**evidence),
-        evidence=evidence, advice=tuple(sorted(advice, key=lambda advice: -advice.gain_s)),
+        rule=rule.name, phases=(name,) if name else (), binds=binds, because=rule.says.format(**evidence),
+        evidence=evidence, advice=_ranked(
+            Advice(do=remedy.do, tier=remedy.tier, gain_s=times * max(0.0, gain))
+            for remedy, gain in gains
+            if gain is not None
+        ),
     )  # fmt: skip
 
 
@@ -239,7 +261,7 @@ def text(case: Case, found: Sequence[Finding]) -> str:
     """For people."""
     lines = [f"{case.run_s:.3g} s a run after loading, on {case.device.name}, {case.precision}"]
     for number, finding in enumerate(found, 1):
-        lines.append(f"\n{number}. {finding.rule}, {finding.phase or 'the whole run'}: {finding.because}")
+        lines.append(f"\n{number}. {finding.rule}, {', '.join(finding.phases) or 'the whole run'}: {finding.because}")
         lines += [f"   - {_gain(advice, case)}: {advice.do}" for advice in finding.advice]
     if case.losses:
         told = ", ".join(f"{loss.layer} {loss.added:.2g}" for loss in case.losses)

@@ -67,7 +67,7 @@ def _together(case: Case, seen: Evidence) -> float | None:
 
 
 LESS_WORK = Remedy(
-    do="less work: fewer --frames, a smaller --size, fewer --steps; a tenth less of it is counted here",
+    do="a tenth less work, by fewer --frames, a smaller --size or fewer --steps",
     tier=None, gain=_spent(LESS),
 )  # fmt: skip
 
@@ -110,7 +110,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="recompiles", asks="does it compile again after it was warm?", of_phase=symptoms.recompiles,
-        says="torch.compile made {graphs:.3g} graphs again in {lost_s:.3g} s, after everything was warm",
+        says="torch.compile made {graphs:.3g} graphs again in {lost_s:.3g} s{each}, after everything was warm",
         remedies=(
             Remedy(
                 do="keep shapes equal or compile with dynamic=True, and pass numbers that change as tensors "
@@ -120,7 +120,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="allocator-thrash", asks="does the allocator go to the driver in a warm run?", of_phase=symptoms.allocator,
-        says="the host spent {seconds:.3g} s to get memory from the driver or to give it back; "
+        says="the host spent {seconds:.3g} s{each} to get memory from the driver or to give it back; "
         "{retries:.3g} times the allocator had to empty its cache",
         remedies=(
             Remedy(
@@ -134,7 +134,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="fallback-attention", asks="is attention computed by a slow kernel?", of_phase=symptoms.fallback_attention,
-        says="{share:.0%} of the phase is attention {what}: {seconds:.3g} s, most in {kernel}",
+        says="{share:.0%} of the phase is attention {what}: {seconds:.3g} s{each}, most in {kernel}",
         remedies=(
             Remedy(
                 do="scaled_dot_product_attention with its fused kernels allowed, in place of products and a softmax",
@@ -150,7 +150,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="full-precision", asks="is work in fp32 that half precision does faster here?",
         of_phase=symptoms.full_precision,
-        says="{share:.0%} of the phase is work in fp32: {seconds:.3g} s",
+        says="{share:.0%} of the phase is work in fp32: {seconds:.3g} s{each}",
         remedies=(
             Remedy(do="--precision bf16, or fp16 on a card before 8.0", tier="near", gain=_where("precision", "fp32")),
             Remedy(
@@ -161,7 +161,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="transfer-bound", asks="copies between host and card", part="transfer",
-        says="{share:.0%} of the phase is copies with nothing beside them: {seconds:.3g} s{beside}",
+        says="{share:.0%} of the phase is copies with nothing beside them: {seconds:.3g} s{each}{beside}",
         remedies=(
             Remedy(do="copy from pinned memory on a stream of its own, beside the compute", tier="exact", gain=_hidden),
             Remedy(do="keep on the card what is copied", tier="exact", gain=_spent(1.0)),
@@ -169,7 +169,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="launch-gaps", asks="gaps between short kernels", part="gaps",
-        says="{share:.0%} of the phase the device waits from one kernel to the next: {seconds:.3g} s "
+        says="{share:.0%} of the phase the device waits from one kernel to the next: {seconds:.3g} s{each} "
         "in {launches:.0f} launches",
         remedies=(
             Remedy(do="CUDA graphs or torch.compile: fewer, longer launches", tier="exact", gain=_spent(1.0)),
@@ -178,17 +178,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="host-bound", asks="long waits for the host", part="host",
-        says="{share:.0%} of the phase the device waits for the host, longer than a launch takes: {seconds:.3g} s",
+        says="{share:.0%} of the phase the device waits for more than launches: {seconds:.3g} s{each}",
         remedies=(
             Remedy(
-                do="trace.json.gz shows what the host does there: Python, reading files, .item() and other waits "
-                "between two launches", tier="exact", gain=_spent(1.0),
+                do="see in the trace of framefit profile what the host does there: Python, reading files, .item() "
+                "and other waits", tier="exact", gain=_spent(1.0),
             ),
         ),
     ),
     Rule(
         name="attention-bound", asks="attention", part="attention",
-        says="{share:.0%} of the phase is attention: {seconds:.3g} s{beside}",
+        says="{share:.0%} of the phase is attention: {seconds:.3g} s{each}{beside}",
         remedies=(
             Remedy(do="an attention kernel made for this card: FlashAttention 3 or 4", tier="exact",
                    gain=_on_card(FLASH_ATTENTION, (9, 0))),
@@ -200,7 +200,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="matmul-bound", asks="matrix products", part="matmul",
-        says="{share:.0%} of the phase is matrix products: {seconds:.3g} s{beside}",
+        says="{share:.0%} of the phase is matrix products: {seconds:.3g} s{each}{beside}",
         remedies=(
             Remedy(do="products in fp8 or int8", tier="near", gain=_on_card(EIGHT_BIT_MATMUL, (8, 9))),
             Remedy(do="larger products, as with both guidance branches in one, and torch.compile: up to the ceiling",
@@ -210,7 +210,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="convolution-bound", asks="convolutions", part="convolution",
-        says="{share:.0%} of the phase is convolutions: {seconds:.3g} s{beside}",
+        says="{share:.0%} of the phase is convolutions: {seconds:.3g} s{each}{beside}",
         remedies=(
             Remedy(do="channels-last memory and torch.compile: up to the ceiling", tier="exact", gain=_above_ceiling),
             LESS_WORK,
@@ -218,7 +218,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="memory-bound", asks="elementwise work", part="elementwise",
-        says="{share:.0%} of the phase is arithmetic, norms and copies, which memory bounds: {seconds:.3g} s{beside}",
+        says="{share:.0%} of the phase is arithmetic, norms and copies on the device: {seconds:.3g} s{each}{beside}",
         remedies=(
             Remedy(do="torch.compile fuses it", tier="exact", gain=_spent(FUSED)),
             LESS_WORK,

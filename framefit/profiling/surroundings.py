@@ -136,7 +136,7 @@ class Card:
         for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the latter up to driver 530
             if cells := self._ask(f"clocks.sm,clocks.max.sm,{reasons}"):
                 now, most, bits = cells
-                return Sample(clock=float(now) / float(most), reasons=int(bits, 16))
+                return Sample(clock=int(now) / int(most), reasons=int(bits, 16))
         return None
 
     def utilisation(self) -> float | None:
@@ -152,7 +152,7 @@ class Card:
         except (OSError, subprocess.TimeoutExpired):
             return None
         cells = [cell.strip() for cell in told.stdout.split(",")]
-        known = told.returncode == 0 and len(cells) == what.count(",") + 1 and not any("N/A" in cell for cell in cells)
+        known = told.returncode == 0 and len(cells) == what.count(",") + 1 and all(cell[:1].isdigit() for cell in cells)
         return cells if known else None
 
 
