@@ -157,8 +157,8 @@ def diagnose(flags: Namespace) -> None:
     from framefit.profiling.rules import RULES
 
     if flags.profile:
-        if flags.layers:
-            raise UsageError("--layers runs the model, and --from reads what was measured: leave one of them out.")
+        if given := [*_asked(flags), *["--layers"] * flags.layers, *["--output"] * bool(flags.output)]:
+            raise UsageError(f"--from reads what was measured before, and {given[0]} asks to measure: leave one out.")
         case = findings.read(flags.profile)
     else:
         result, pipeline = _profiled(flags)
@@ -421,18 +421,23 @@ def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
 
 def _refuse_with_resume(flags: Namespace) -> None:
     """A resumed run keeps its request; a flag that would change it is a contradiction."""
-    fixed = {
+    if given := _asked(flags):
+        raise UsageError(
+            f"--resume goes on with the run as it was asked for, and {given[0]} would change it: leave it out, "
+            f"or start a new run."
+        )
+
+
+def _asked(flags: Namespace) -> list[str]:
+    """What was given of the flags that say which video to make, and how."""
+    values = {
         "IMAGE": flags.image, "--prompt": flags.prompt, "--model": flags.model, "--last-image": flags.last_image,
         "--negative": flags.negative_prompt, "--size": flags.size, "--fit": flags.fit, "--frames": flags.num_frames,
         "--fps": flags.fps, "--steps": flags.steps, "--guidance": flags.guidance, "--seed": flags.seed,
         "--lora": flags.loras, "--preset": flags.preset, "--precision": flags.precision,
         "--set": flags.settings or None, "--untuned": flags.untuned or None,
     }  # fmt: skip
-    if given := [flag for flag, value in fixed.items() if value is not None]:
-        raise UsageError(
-            f"--resume goes on with the run as it was asked for, and {given[0]} would change it: leave it out, "
-            f"or start a new run."
-        )
+    return [flag for flag, value in values.items() if value is not None]
 
 
 def _default_output() -> Path:
