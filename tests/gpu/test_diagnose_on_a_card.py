@@ -223,15 +223,14 @@ def test_another_process_on_the_card(ceilings: Ceilings) -> None:
     with Watch(CARD) as alone:
         matmuls()()
     assert "other-process" not in by_rule(case(ceilings, around=alone.seen)), alone.seen
-    other = subprocess.Popen([sys.executable, "-c", OTHER], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "ready\n"
-        with Watch(CARD) as beside:
-            matmuls()()
-    finally:
-        other.kill()
-        other.wait()
+    with subprocess.Popen([sys.executable, "-c", OTHER], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "ready\n"
+            with Watch(CARD) as beside:
+                matmuls()()
+        finally:
+            other.kill()
     found = by_rule(case(ceilings, around=beside.seen))["other-process"]
     assert found.evidence["others_bytes"] > 3 * 2**30
     if beside.seen.others_busy is not None:
