@@ -11,7 +11,8 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
     from framefit.families import Checkpoint
+    from framefit.ledger import Ledger
     from framefit.pipeline import Pipeline
     from framefit.plan import Plan
     from framefit.profiling import Profile
@@ -131,7 +133,7 @@ def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     from framefit.pipeline import load
     from framefit.profiling import measure, profile
     from framefit.profiling.profile import check_folder
-    from framefit.run import check_fits, translated
+    from framefit.run import check_fits
 
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint, plan = _prepared(flags)
@@ -143,9 +145,18 @@ def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     ceilings = measure(plan.device.id, fresh=flags.fresh_ceilings)
     print("load, then every phase four times ...", file=sys.stderr)
     ledger = Ledger(plan.device.id)
-    try:
+    with _told(plan, ledger):
         pipeline = load(plan, checkpoint, ledger)
         return profile(pipeline, folder, ceilings, steps=flags.profile_steps), pipeline
+
+
+@contextmanager
+def _told(plan: Plan, ledger: Ledger) -> Iterator[None]:
+    """What a library raises in the block becomes one of our errors."""
+    from framefit.run import translated
+
+    try:
+        yield
     except FramefitError:
         raise
     except Exception as error:
@@ -179,7 +190,8 @@ def _losses(flags: Namespace, pipeline: Pipeline) -> list[Loss]:
         print("the plan is that of the untouched model: no layer differs.", file=sys.stderr)
         return []
     print("every layer beside the untouched model's ...", file=sys.stderr)
-    return losses(pipeline, pipeline.encode(), untouched(reference, checkpoint))
+    with _told(pipeline.plan, pipeline.ledger):
+        return losses(pipeline, pipeline.encode(), untouched(reference, checkpoint))
 
 
 def models_ls(flags: Namespace) -> None:
@@ -352,6 +364,8 @@ def verify(flags: Namespace) -> int:
     ]
     outcome = f"{'passed' if verdict.passed else 'failed'} as {verdict.tier}"
     text = f"{_table(rows)}\n{outcome}: {folder}/verdict.html"
+    if not verdict.passed:
+        text += "\nframefit diagnose --layers with the same flags says which layers differ"
     _finish(verdict.to_json() | {"folder": str(folder)}, flags, text)
     return 0 if verdict.passed else 1
 

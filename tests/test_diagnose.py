@@ -331,6 +331,8 @@ def test_a_card_s_slow_kernels_of_attention() -> None:
     full = on_card(attends("fp32", EFFICIENT.format("f32")), precision="fp32")["fallback-attention"]
     assert (full.evidence["why"], full.advice[0].tier) == ("fp32", "near")
     assert full.gain_s == pytest.approx(1 - 25 / 750)
+    kept = on_card(attends("fp32", EFFICIENT.format("f32")))["fallback-attention"]
+    assert "kept in fp32" in kept.advice[0].do
     masked = on_card(attends("bf16", EFFICIENT.format("bf16")))["fallback-attention"]
     assert (masked.evidence["why"], masked.advice[0].tier) == ("mask", "exact")
     parted = on_card(attends("bf16", "nvjet_tst_128x256", "void softmax_warp_forward<float>", "nvjet_tst_64x8"))

@@ -66,6 +66,8 @@ def _together(case: Case, seen: Evidence) -> float | None:
     return 0.5 * float(seen["seconds"]) if seen["guidance"] == "apart" else None
 
 
+HALF = "--precision bf16, or fp16 on a card before 8.0"
+KEPT = "this part is kept in fp32 as its authors advise: half precision, proved on the video"
 LESS_WORK = Remedy(
     do="a tenth less work, by fewer --frames, a smaller --size or fewer --steps",
     tier=None, gain=_spent(LESS),
@@ -140,7 +142,8 @@ RULES: tuple[Rule, ...] = (
                 do="scaled_dot_product_attention with its fused kernels allowed, in place of products and a softmax",
                 tier="exact", gain=_where("why", "parts"),
             ),
-            Remedy(do="half precision: --precision bf16", tier="near", gain=_where("why", "fp32")),
+            Remedy(do=HALF, tier="near", gain=_where("why", "fp32")),
+            Remedy(do=KEPT, tier="near", gain=_where("why", "kept")),
             Remedy(
                 do="no mask, heads up to 256 wide, q, k and v contiguous: then FlashAttention or cuDNN takes it",
                 tier="exact", gain=_where("why", "mask"),
@@ -152,11 +155,8 @@ RULES: tuple[Rule, ...] = (
         of_phase=symptoms.full_precision,
         says="{share:.0%} of the phase is work in fp32: {seconds:.3g} s{each}",
         remedies=(
-            Remedy(do="--precision bf16, or fp16 on a card before 8.0", tier="near", gain=_where("precision", "fp32")),
-            Remedy(
-                do="this part is kept in fp32 as its authors advise: half precision, proved on the video",
-                tier="near", gain=_where("precision", *symptoms.HALF),
-            ),
+            Remedy(do=HALF, tier="near", gain=_where("precision", "fp32")),
+            Remedy(do=KEPT, tier="near", gain=_where("precision", *symptoms.HALF)),
         ),
     ),
     Rule(

@@ -113,14 +113,14 @@ def fallback_attention(case: Case, phase: PhaseProfile) -> Evidence | None:
     slow = parts if _seconds(parts) >= _seconds(efficient) else efficient
     if _seconds(slow) < FALLBACK * call.plain_s:
         return None
-    fp32 = attention.precision == "fp32"
+    why = "mask" if attention.precision in HALF else "fp32" if case.precision == "fp32" else "kept"
     half = _half_rate(case, "attention") if case.precision in HALF or slow is efficient else None
     best_s = min(attention.ceiling_s or math.inf, attention.flops / half if half else math.inf)
     own_s = max(0.0, _seconds(slow) - best_s) if attention.flops else _seconds(slow)
     return {
         "what": "by its parts" if slow is parts else "by the memory-efficient kernel", "seconds": _seconds(slow),
         "kernel": max(slow, key=lambda kernel: kernel.seconds).name[:60], "lost_s": own_s,
-        "why": "parts" if slow is parts else "fp32" if fp32 else "mask", "share": _seconds(slow) / call.plain_s,
+        "why": "parts" if slow is parts else why, "share": _seconds(slow) / call.plain_s,
         "precision": case.precision,
     }  # fmt: skip
 
