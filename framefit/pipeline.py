@@ -27,14 +27,12 @@ from framefit.families.files import check_headers
 from framefit.families.parts import Parts, Tensors, load_parts
 from framefit.ledger import Ledger
 from framefit.passes import apply_all
+from framefit.passes.guidance import guided
 from framefit.plan import Plan
 from framefit.schedule import Schedule
 from framefit.video import Frame, Video
 
 __all__ = ["PRECISIONS", "Pipeline", "Step", "load"]
-
-NEGATIVE, POSITIVE, BOTH = slice(0, 1), slice(-1, None), slice(None)
-"""Guidance branches on the first axis of the conditioning; without guidance the positive one stands alone."""
 
 T = TypeVar("T")
 
@@ -218,25 +216,14 @@ class Pipeline:
     def predict(
         self, expert: str, latents: torch.Tensor, t: torch.Tensor, conditioning: Tensors, scale: float
     ) -> torch.Tensor:
-        """The guided prediction in fp32, (1, C, F, H, W). Source: Ho and Salimans, arXiv 2207.12598."""
+        """The guided prediction in fp32, (1, C, F, H, W)."""
 
         def forward(branches: slice) -> torch.Tensor:
             prediction = self._family.predict(self.parts, expert, latents, t, conditioning, branches)
             _check_finite([prediction], f"the {expert} at timestep {t:g}", prediction.dtype)
             return prediction.float()
 
-        def guided() -> torch.Tensor:
-            if scale <= 1:
-                prediction = forward(POSITIVE)
-            else:
-                if self.parts.branches == "together":
-                    negative, positive = forward(BOTH).chunk(2)
-                else:
-                    positive, negative = forward(POSITIVE), forward(NEGATIVE)
-                prediction = negative + scale * (positive - negative)
-            return prediction
-
-        return self._within_range((expert,), guided)
+        return self._within_range((expert,), lambda: guided(self.parts, forward, scale))
 
     @torch.no_grad()
     def _preview(self, denoised: Callable[[], torch.Tensor], conditioning: Tensors) -> Frame:

@@ -26,12 +26,12 @@ from framefit.device import Device
 from framefit.errors import BadInput
 from framefit.families import Checkpoint
 from framefit.families.parts import Parts
+from framefit.ledger.kinds import KINDS
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.profiling import Breakdown, Ceilings, Cost, breakdown, profile
 from framefit.profiling.breakdown import Kernel
 from framefit.profiling.findings import PARTS, Case, Finding, diagnose, parts, read, tree
-from framefit.profiling.kinds import KINDS
 from framefit.profiling.layers import Loss, losses
 from framefit.profiling.profile import PhaseProfile
 from framefit.profiling.rules import RULES

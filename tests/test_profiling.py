@@ -23,12 +23,12 @@ from framefit.errors import BadOutput
 from framefit.families import Checkpoint
 from framefit.families.parts import Parts
 from framefit.ledger import StepLog, read_memory
+from framefit.ledger.counts import Counts, Tally, count
+from framefit.ledger.kinds import direction, kernel_kind, kind_of, op_kind
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.profiling import Ceilings, breakdown, flame, measure, profile
 from framefit.profiling.breakdown import summarise
-from framefit.profiling.counts import Counts, Tally, count
-from framefit.profiling.kinds import direction, kernel_kind, kind_of, op_kind
 from framefit.profiling.modules import named
 from framefit.profiling.profile import check_folder
 from framefit.profiling.trace import Work, busy_s, record, works

@@ -34,12 +34,12 @@ from framefit.families import Checkpoint, hub
 from framefit.families.parts import Parts, Tensors, load_parts
 from framefit.families.pixels import to_frames
 from framefit.ledger import Ledger
+from framefit.ledger.counts import Tally, count
 from framefit.passes import apply_all
 from framefit.pipeline import PRECISIONS, Pipeline
 from framefit.plan import Plan, Tier
 from framefit.planning import choose
 from framefit.profiling import breakdown, ceilings
-from framefit.profiling.counts import Tally, count
 from framefit.profiling.findings import Case, diagnose
 from framefit.profiling.profile import DENOISE, PhaseProfile
 from framefit.profiling.rules import RULES

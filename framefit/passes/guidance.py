@@ -7,11 +7,32 @@ the default where the reference does it, so that results are equal to the last b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
 from framefit.families.parts import Parts
 from framefit.plan import Guidance
 
-__all__ = ["apply"]
+__all__ = ["apply", "guided"]
+
+NEGATIVE, POSITIVE, BOTH = slice(0, 1), slice(-1, None), slice(None)
+"""Guidance branches on the first axis of the conditioning; without guidance the positive one stands alone."""
 
 
 def apply(parts: Parts, setting: Guidance) -> None:
     parts.branches = "together" if setting.value == "together" else "apart"
+
+
+def guided(parts: Parts, forward: Callable[[slice], torch.Tensor], scale: float) -> torch.Tensor:
+    """The guided prediction (1, C, F, H, W) from `forward`, which predicts for some branches.
+
+    Source: Ho and Salimans, arXiv 2207.12598.
+    """
+    if scale <= 1:
+        return forward(POSITIVE)
+    if parts.branches == "together":
+        negative, positive = forward(BOTH).chunk(2)
+    else:
+        positive, negative = forward(POSITIVE), forward(NEGATIVE)
+    return negative + scale * (positive - negative)

@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import torch
 
+from framefit.ledger.counts import Counts, Tally, count
+from framefit.ledger.kinds import KINDS, Kind, direction
 from framefit.profiling.ceilings import Ceilings
-from framefit.profiling.counts import Counts, Tally, count
-from framefit.profiling.kinds import KINDS, Kind, direction
 from framefit.profiling.stalls import Stalls, StallWatch
 from framefit.profiling.trace import Work, busy_s, gaps_s, phase, record
 

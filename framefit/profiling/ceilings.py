@@ -18,9 +18,9 @@ import torch
 
 from framefit.checkpoint import default_root
 from framefit.device import Device
+from framefit.ledger.counts import Counts
+from framefit.ledger.kinds import Kind
 from framefit.pipeline import PRECISIONS
-from framefit.profiling.counts import Counts
-from framefit.profiling.kinds import Kind
 
 __all__ = ["Ceilings", "measure"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape, quoteattr
 
-from framefit.profiling.kinds import KINDS, Kind
+from framefit.ledger.kinds import KINDS, Kind
 from framefit.profiling.trace import Work
 
 __all__ = ["Frame", "svg", "tree"]

@@ -22,12 +22,12 @@ import torch
 from framefit.checkpoint import State
 from framefit.errors import BadOutput, Cancelled, UsageError
 from framefit.ledger import Ledger
+from framefit.ledger.counts import Counts, Tally, count
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.profiling import flame, modules, timeline
 from framefit.profiling.breakdown import Breakdown, summarise
 from framefit.profiling.ceilings import Ceilings
-from framefit.profiling.counts import Counts, Tally, count
 from framefit.profiling.stalls import StallWatch
 from framefit.profiling.surroundings import Surroundings, Watch
 from framefit.profiling.trace import Trace, phase, record

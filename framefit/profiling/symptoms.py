@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from framefit.ledger.kinds import Kind, kernel_kind, op_kind
 from framefit.profiling.breakdown import Kernel
 from framefit.profiling.findings import Case, Evidence
-from framefit.profiling.kinds import Kind, kernel_kind, op_kind
 from framefit.profiling.profile import PhaseProfile
 
 __all__ = [

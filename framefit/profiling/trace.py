@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, record_function
 
-from framefit.profiling.kinds import Kind, kind_of
+from framefit.ledger.kinds import Kind, kind_of
 
 __all__ = ["MODULE", "Trace", "Work", "busy_s", "gaps_s", "phase", "record", "works"]
 

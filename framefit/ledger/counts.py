@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from framefit.profiling.kinds import Kind, op_kind
+from framefit.ledger.kinds import Kind, op_kind
 
 __all__ = ["Counts", "Tally", "count"]
 
@@ -55,6 +55,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phases: dict[str, Counts] = {}
         self._open = [""]
         self.in_attention = 0
+        self.times = 1
+        """How often what runs now counts: of equal blocks one can stand for several."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -67,7 +69,9 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._overloadpacket not in FORMULAS:  # in inference mode composites arrive whole
+        if (
+            func.namespace != "prim" and func._overloadpacket not in FORMULAS
+        ):  # in inference mode composites arrive whole
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -76,11 +80,11 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         counts = self.phases.setdefault(self._open[-1], Counts())
         kind = "attention" if self.in_attention else op_kind(func._schema.name) or "elementwise"
         if formula := FORMULAS.get(func._overloadpacket):
-            counts.flops[kind, _precision(args)] += formula(*args, **kwargs, out_val=result)
+            counts.flops[kind, _precision(args)] += self.times * formula(*args, **kwargs, out_val=result)
         elif (way := _direction(func, args, result)) is not None:
-            counts.bytes[way] += _bytes(args[1] if func._schema.name == "aten::copy_" else result)
+            counts.bytes[way] += self.times * _bytes(args[1] if func._schema.name == "aten::copy_" else result)
         elif kind == "elementwise":
-            counts.bytes[kind] += _traffic(func, args, kwargs, result)
+            counts.bytes[kind] += self.times * _traffic(func, args, kwargs, result)
         return result
 
 
@@ -140,7 +144,7 @@ def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
     with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse tensors and the like have no storage
-        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
     return False
 
 

@@ -1,0 +1,101 @@
+"""Bytes of tensors that are alive, phase by phase, and who holds them when they are most.
+
+A dispatch mode over real or fake tensors. A storage counts from the operator that made it until nothing refers to it,
+in blocks as torch's allocator on a card gives them; what was there before (the weights) is not counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Held", "Live", "Peak", "block_bytes"]
+
+BLOCK = 512
+"""Bytes: kMinBlockSize in c10/cuda/CUDACachingAllocator.h."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One storage."""
+
+    bytes: int
+    operator: str
+    """That made it."""
+    shape: tuple[int, ...]
+    dtype: str
+    module: str
+    """Path of the module that was at work, as in transformer.blocks.3.attn1; empty outside of modules."""
+
+
+@dataclass(slots=True)
+class Peak:
+    """Of one phase."""
+
+    bytes: int = 0
+    held: list[Held] = field(default_factory=list)
+    """All that was alive at the peak."""
+
+
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows what runs inside it."""
+
+    def __init__(self, known: Iterable[torch.Tensor], module: Callable[[], str] = str) -> None:
+        """`known` are there from outside and not counted; `module` says who is at work."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phases: dict[str, Peak] = {}
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._module = module
+        self._alive: dict[int, tuple[Held, Any]] = {}
+        self._bytes = 0
+        self._peak = Peak()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is alive while the block runs counts for the phase `name`, what came before and is still alive too."""
+        outer, self._peak = self._peak, self.phases.setdefault(name, Peak())
+        self._look()
+        try:
+            yield
+        finally:
+            self._peak = outer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._meet(leaf, func)
+        return result
+
+    def _meet(self, tensor: torch.Tensor, func: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._alive:
+            return
+        held = Held(
+            block_bytes(storage.nbytes()), func._schema.name.removeprefix("aten::"), tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."), self._module(),
+        )  # fmt: skip
+        self._alive[key] = held, weakref.ref(storage, lambda _: self._lose(key))
+        self._bytes += held.bytes
+        self._look()
+
+    def _lose(self, key: int) -> None:
+        held, _ = self._alive.pop(key)
+        self._bytes -= held.bytes
+
+    def _look(self) -> None:
+        if self._bytes > self._peak.bytes:
+            self._peak.bytes, self._peak.held = self._bytes, [held for held, _ in self._alive.values()]
+
+
+def block_bytes(bytes: int) -> int:
+    """What the allocator gives for `bytes`."""
+    return -(-bytes // BLOCK) * BLOCK

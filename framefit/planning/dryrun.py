@@ -1,0 +1,203 @@
+"""A run without weights, card or arithmetic: the program itself on fake tensors, and what it would hold and do.
+
+The parts are built as a run builds them, the passes applied, and the family's functions called under torch's
+FakeTensorMode: encode, one guided prediction of every expert, decode. Of a row of equal blocks the second stands for
+all that follow. What fake tensors cannot see (a convolution's workspace, what the allocator keeps) is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from framefit.families import Checkpoint, family_of
+from framefit.families.parts import Parts
+from framefit.ledger.counts import Counts, Tally, count
+from framefit.ledger.live import Held, Live, Peak, block_bytes
+from framefit.passes import apply_all
+from framefit.passes.guidance import guided
+from framefit.plan import Plan
+from framefit.testing import random_parts
+
+__all__ = ["PhaseTrace", "trace"]
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FEW = 3
+"""Equal blocks up to which all of them are traced."""
+LARGEST = 8
+"""Storages at the peak that are named."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseTrace:
+    """One phase; of denoising one step."""
+
+    name: str
+    weights_bytes: Mapping[str, int]
+    """Component -> bytes of its parameters and buffers on the device."""
+    peak_bytes: int
+    """Of everything else, when it is most."""
+    held: tuple[Held, ...]
+    """The largest at that moment."""
+    counts: Counts
+
+
+def trace(plan: Plan, checkpoint: Checkpoint) -> tuple[PhaseTrace, ...]:
+    """The phases of `plan` in the order of a run, from encode_text to decode; a few seconds."""
+    parts, weights, standing = _parts(checkpoint, PRECISIONS[plan.precision])
+    parts = apply_all(parts, plan)
+    modules = {module: name for name, part in parts.components.items() for module, name in _named(name, part)}
+    at_work: list[str] = []
+    live = Live(_tensors(parts), module=lambda: at_work[-1] if at_work else "")
+    tally = Tally()
+    way = _Way(parts, plan, live, tally)
+    with ExitStack() as stack:
+        stack.enter_context(_following(modules, standing, at_work, tally))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(live)
+        stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
+        count(way.go, tally)
+    return tuple(_phase(name, weights, peak, tally.phases.get(name, Counts())) for name, peak in live.phases.items())
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """The family's functions in the order of a run."""
+
+    parts: Parts
+    plan: Plan
+    live: Live
+    tally: Tally
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        with self.live.phase(name), self.tally.phase(name):
+            yield
+
+    def go(self) -> None:
+        parts, request = self.parts, self.plan.request
+        family = family_of(parts.checkpoint)
+        photo = Image.new("RGB", (request.width, request.height))
+        last = photo if request.last_image else None
+        with self._phase("encode_text"):
+            conditioning = family.encode_text(parts, request, lambda sentence: None)
+        with self._phase("encode_image"):
+            latents, image = family.encode_image(parts, request, photo, last, torch.Generator())
+        conditioning = {name: tensor.contiguous() for name, tensor in (conditioning | image).items()}
+        for expert, scale in zip(parts.checkpoint.experts, request.guidance, strict=True):
+
+            def forward(branches: slice, expert: str = expert) -> torch.Tensor:
+                return family.predict(parts, expert, latents, torch.tensor(900.0), conditioning, branches).float()
+
+            with self._phase(f"denoise:{expert}"):
+                guided(parts, forward, scale)
+        with self._phase("decode"):
+            for chunk in family.decode(parts, family.settle(latents, conditioning)):
+                del chunk
+
+
+class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What the program asks of a value that is not there is answered as in a sound run: yes, it is finite."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def _parts(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
+    """Fake parts, the bytes of the weights of each, and for which blocks one stands for how many."""
+    parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"))
+    weights: dict[str, int] = {}
+    standing: dict[nn.Module, int] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, part in parts.components.items():
+            if not isinstance(part, nn.Module):
+                continue
+            weights[name] = sum(block_bytes(t.nbytes) for t in _own(part))
+            standing |= _shortened(part)
+            part.to_empty(device="cpu")
+            if checkpoint[name].package == "transformers":
+                cast(Any, part).tie_weights()
+    parts.device = torch.device("cpu")
+    return parts, weights, standing
+
+
+def _own(part: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, shared ones once."""
+    return [*part.parameters(), *part.buffers()]
+
+
+def _tensors(parts: Parts) -> Iterator[torch.Tensor]:
+    for part in parts.components.values():
+        if isinstance(part, nn.Module):
+            yield from _own(part)
+
+
+def _shortened(model: nn.Module) -> dict[nn.Module, int]:
+    """Leave two of every row of more than a few equal blocks. Returns how many each second one stands for."""
+    standing: dict[nn.Module, int] = {}
+    for module in list(model.modules()):
+        if not isinstance(module, nn.ModuleList) or len(module) <= FEW:
+            continue
+        kept: list[nn.Module] = []
+        for _, run in groupby(module, key=_likeness):
+            blocks = list(run)
+            if len(blocks) > FEW:
+                standing[blocks[1]] = len(blocks) - 1
+                blocks = blocks[:2]
+            kept += blocks
+        module._modules = {str(i): block for i, block in enumerate(kept)}
+    return standing
+
+
+def _likeness(block: nn.Module) -> tuple[Any, ...]:
+    """Equal for blocks that differ in nothing but the values of their weights."""
+    return (type(block), *((name, p.shape, p.dtype) for name, p in block.named_parameters()))
+
+
+def _named(name: str, part: Any) -> Iterator[tuple[nn.Module, str]]:
+    if isinstance(part, nn.Module):
+        for path, module in part.named_modules():
+            yield module, f"{name}.{path}" if path else name
+
+
+@contextmanager
+def _following(
+    modules: Mapping[nn.Module, str], standing: Mapping[nn.Module, int], at_work: list[str], tally: Tally
+) -> Iterator[None]:
+    """Keep `at_work` the path of the module that computes, and count what stands for several."""
+
+    def enter(module: nn.Module, args: Any) -> None:
+        at_work.append(modules.get(module, at_work[-1] if at_work else ""))
+        tally.times *= standing.get(module, 1)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        at_work.pop()
+        tally.times //= standing.get(module, 1)
+
+    handles = (
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _phase(name: str, weights: Mapping[str, int], peak: Peak, counts: Counts) -> PhaseTrace:
+    largest = sorted(peak.held, key=lambda held: -held.bytes)[:LARGEST]
+    return PhaseTrace(
+        name=name, weights_bytes=dict(weights), peak_bytes=peak.bytes, held=tuple(largest), counts=counts
+    )  # fmt: skip
