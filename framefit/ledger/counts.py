@@ -144,7 +144,7 @@ def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
     with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse tensors and the like have no storage
-        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
     return False
 
 
