@@ -26,6 +26,8 @@ __all__ = ["Counts", "Tally", "count"]
 
 aten = torch.ops.aten
 
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
@@ -69,13 +71,9 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func.namespace != "prim" and func._overloadpacket not in FORMULAS
-        ):  # in inference mode composites arrive whole
+        if func._overloadpacket not in FORMULAS and _composite(func):  # in inference mode they arrive whole
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func._op_dk(COMPOSITE, *args, **kwargs)
         result = func(*args, **kwargs)
         counts = self.phases.setdefault(self._open[-1], Counts())
         kind = "attention" if self.in_attention else op_kind(func._schema.name) or "elementwise"
@@ -113,6 +111,13 @@ class _AttentionMarks(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         finally:
             self._tally.in_attention -= inside
+
+
+def _composite(func: Any) -> bool:
+    """Whether it is made of other operators, in C++; torch's decompositions in Python are not what runs."""
+    if func.namespace == "prim":  # a question about a fake tensor
+        return False
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE))
 
 
 def _precision(args: Any) -> str:

@@ -7,6 +7,7 @@ all that follow. What fake tensors cannot see (a convolution's workspace, what t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,42 +23,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import Parts
 from framefit.ledger.counts import Counts, Tally, count
-from framefit.ledger.live import Held, Live, Peak, block_bytes
+from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.plan import Plan
+from framefit.planning.traces import PhaseTrace
 from framefit.testing import random_parts
 
-__all__ = ["PhaseTrace", "trace"]
+__all__ = ["followed", "trace"]
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution, torch.ops.aten.cudnn_convolution}
 FEW = 3
 """Equal blocks up to which all of them are traced."""
 LARGEST = 8
 """Storages at the peak that are named."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PhaseTrace:
-    """One phase; of denoising one step."""
-
-    name: str
-    weights_bytes: Mapping[str, int]
-    """Component -> bytes of its parameters and buffers on the device."""
-    peak_bytes: int
-    """Of everything else, when it is most."""
-    held: tuple[Held, ...]
-    """The largest at that moment."""
-    counts: Counts
-
-
 def trace(plan: Plan, checkpoint: Checkpoint) -> tuple[PhaseTrace, ...]:
     """The phases of `plan` in the order of a run, from encode_text to decode; a few seconds."""
-    parts, weights, standing = _parts(checkpoint, PRECISIONS[plan.precision])
-    parts = apply_all(parts, plan)
+    parts, weights, standing = _fake(checkpoint, PRECISIONS[plan.precision])
+    return followed(apply_all(parts, plan), plan, weights, standing)
+
+
+def followed(
+    parts: Parts, plan: Plan, weights: Mapping[str, int], standing: Mapping[nn.Module, int]
+) -> tuple[PhaseTrace, ...]:
+    """What `parts`, fake or real, hold and do on the way through the phases.
+
+    Args:
+        weights: component -> bytes of its weights.
+        standing: block -> how many equal blocks it stands for.
+    """
     modules = {module: name for name, part in parts.components.items() for module, name in _named(name, part)}
     at_work: list[str] = []
-    live = Live(_tensors(parts), module=lambda: at_work[-1] if at_work else "")
+    workspace = _cudnn if plan.device.id != "cpu" else lambda *_: 0
+    live = Live(_tensors(parts), lambda: at_work[-1] if at_work else "", workspace)
     tally = Tally()
     way = _Way(parts, plan, live, tally)
     with ExitStack() as stack:
@@ -105,6 +106,14 @@ class _Way:
                 del chunk
 
 
+def _cudnn(func: Any, args: Any, result: Any) -> int:
+    """cuDNN's fast kernels are channels-last: of channels-first input and output it makes copies.
+
+    Within 2 % of what encoders and decoders took beyond their tensors on an H200 (LOG, dry run).
+    """
+    return int(args[0].nbytes + result.nbytes) if func._overloadpacket in CONVOLUTIONS else 0
+
+
 class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What the program asks of a value that is not there is answered as in a sound run: yes, it is finite."""
 
@@ -114,7 +123,7 @@ class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _parts(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
+def _fake(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
     """Fake parts, the bytes of the weights of each, and for which blocks one stands for how many."""
     parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"))
     weights: dict[str, int] = {}
@@ -198,6 +207,13 @@ def _following(
 
 def _phase(name: str, weights: Mapping[str, int], peak: Peak, counts: Counts) -> PhaseTrace:
     largest = sorted(peak.held, key=lambda held: -held.bytes)[:LARGEST]
+    held: Counter[str] = Counter()
+    for each in largest:
+        held[f"{each.operator} {each.dtype}{list(each.shape)} in {each.module or 'the loop'}"] += each.bytes
+    flops: dict[str, dict[str, int]] = {}
+    for (kind, precision), n in counts.flops.items():
+        flops.setdefault(kind, {})[precision] = n
     return PhaseTrace(
-        name=name, weights_bytes=dict(weights), peak_bytes=peak.bytes, held=tuple(largest), counts=counts
+        name=name, weights_bytes=dict(weights), peak_bytes=peak.bytes, held=dict(held), flops=flops,
+        moved=dict(counts.bytes),
     )  # fmt: skip
