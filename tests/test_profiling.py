@@ -153,8 +153,8 @@ def test_a_call_of_known_composition_comes_apart_as_it_was_made() -> None:
     mixture()
     found = breakdown(mixture, "cpu", ceilings=FLAT)
     kinds, took = found.kinds, mixture.took[2]  # warm, plain, profiled, counted
-    assert kinds["matmul"].seconds == pytest.approx(took["matmul"], rel=0.3)
-    assert kinds["elementwise"].seconds == pytest.approx(took["elementwise"], rel=0.3)
+    for kind in ("matmul", "elementwise"):  # a busy machine takes its time between operators, too
+        assert 0.3 * took[kind] < kinds[kind].seconds < 1.05 * took[kind]
     assert 0.05 <= found.idle_s == pytest.approx(found.wall_s - sum(cost.seconds for cost in kinds.values()), rel=0.01)
     assert found.wall_s == pytest.approx(sum(took.values()), rel=0.2)
     assert found.plain_s == pytest.approx(sum(mixture.took[1].values()), rel=0.2)
