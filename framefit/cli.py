@@ -134,17 +134,14 @@ def parser() -> argparse.ArgumentParser:
     _option_flags(plan)
 
     profile = _command(names, "profile", commands.profile, "show where a run's time and memory go, phase by phase")
-    _request_flags(profile)
-    _option_flags(profile)
-    profile.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER",
-        help="folder for the trace, the pictures and the figures (default: outputs/profile_<time>)",
-    )  # fmt: skip
-    profile.add_argument("--overwrite", action="store_true", help="write into FOLDER although it is not empty")
-    profile.add_argument(
-        "--profile-steps", type=_count, default=2, metavar="N", help="steps to watch of each expert (default 2)"
+    _profile_flags(profile)
+
+    diagnose = _command(names, "diagnose", commands.diagnose, "say what holds a run up, and what would help most")
+    _profile_flags(diagnose)
+    diagnose.add_argument(
+        "--from", type=Path, metavar="FOLDER", dest="profile", help="read what framefit profile wrote; run nothing"
     )
-    profile.add_argument("--fresh-ceilings", action="store_true", help="measure what the device does at best again")
+    diagnose.add_argument("--layers", action="store_true", help="also trace a loss of quality to a layer")
 
     models = _command(names, "models", None, "list, fetch and check models").add_subparsers(
         required=True, metavar="COMMAND"
@@ -248,6 +245,20 @@ def _request_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: follows the photo)")
     for name, (flags, facts) in FLAGS.items():
         command.add_argument(*flags, dest=name, help=fields[name].metadata["help"], **facts)
+
+
+def _profile_flags(command: argparse.ArgumentParser) -> None:
+    _request_flags(command)
+    _option_flags(command)
+    command.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER",
+        help="folder for the trace, the pictures and the figures (default: outputs/profile_<time>)",
+    )  # fmt: skip
+    command.add_argument("--overwrite", action="store_true", help="write into FOLDER although it is not empty")
+    command.add_argument(
+        "--profile-steps", type=_count, default=2, metavar="N", help="steps to watch of each expert (default 2)"
+    )
+    command.add_argument("--fresh-ceilings", action="store_true", help="measure what the device does at best again")
 
 
 def _option_flags(command: argparse.ArgumentParser) -> None:

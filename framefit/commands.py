@@ -11,7 +11,8 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,11 @@ from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
     from framefit.families import Checkpoint
+    from framefit.ledger import Ledger
+    from framefit.pipeline import Pipeline
     from framefit.plan import Plan
+    from framefit.profiling import Profile
+    from framefit.profiling.layers import Loss
     from framefit.report import Report
 
 PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
@@ -31,6 +36,7 @@ PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
 __all__ = [
     "bench",
     "compare",
+    "diagnose",
     "doctor",
     "inspect",
     "models_ls",
@@ -112,6 +118,14 @@ def plan(flags: Namespace) -> int:
 
 
 def profile(flags: Namespace) -> None:
+    from framefit.profiling.table import rows, summary
+
+    result, _ = _profiled(flags)
+    text = [_table(rows(result)), "", *summary(result)]
+    _finish(result.to_json(), flags, "\n".join(text))
+
+
+def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer tells stderr when it starts and stops
     from framefit.apart import quiet_libraries
     from framefit.families import hub
@@ -119,8 +133,7 @@ def profile(flags: Namespace) -> None:
     from framefit.pipeline import load
     from framefit.profiling import measure, profile
     from framefit.profiling.profile import check_folder
-    from framefit.profiling.table import rows, summary
-    from framefit.run import check_fits, translated
+    from framefit.run import check_fits
 
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint, plan = _prepared(flags)
@@ -132,14 +145,53 @@ def profile(flags: Namespace) -> None:
     ceilings = measure(plan.device.id, fresh=flags.fresh_ceilings)
     print("load, then every phase four times ...", file=sys.stderr)
     ledger = Ledger(plan.device.id)
+    with _told(plan, ledger):
+        pipeline = load(plan, checkpoint, ledger)
+        return profile(pipeline, folder, ceilings, steps=flags.profile_steps), pipeline
+
+
+@contextmanager
+def _told(plan: Plan, ledger: Ledger) -> Iterator[None]:
+    """What a library raises in the block becomes one of our errors."""
+    from framefit.run import translated
+
     try:
-        result = profile(load(plan, checkpoint, ledger), folder, ceilings, steps=flags.profile_steps)
+        yield
     except FramefitError:
         raise
     except Exception as error:
         raise translated(error, plan, ledger) from error
-    text = [_table(rows(result)), "", *summary(result)]
-    _finish(result.to_json(), flags, "\n".join(text))
+
+
+def diagnose(flags: Namespace) -> None:
+    from framefit.profiling import findings
+    from framefit.profiling.rules import RULES
+
+    if flags.profile:
+        if given := [*_asked(flags), *["--layers"] * flags.layers, *["--output"] * bool(flags.output)]:
+            raise UsageError(f"--from reads what was measured before, and {given[0]} asks to measure: leave one out.")
+        case = findings.read(flags.profile)
+    else:
+        result, pipeline = _profiled(flags)
+        case = findings.Case.of(result, _losses(flags, pipeline) if flags.layers else ())
+    found = findings.diagnose(case, RULES)
+    facts = {"run_s": case.run_s, "findings": [finding.to_json() for finding in found]}
+    _finish(facts | {"layers": [loss.to_json() for loss in case.losses]}, flags, findings.text(case, found))
+
+
+def _losses(flags: Namespace, pipeline: Pipeline) -> list[Loss]:
+    """Of the plan's layers, beside those of the model with nothing changed."""
+    from framefit.profiling.layers import losses, untouched
+
+    flags.precision, flags.settings, flags.untuned = None, [], True
+    checkpoint, reference = _prepared(flags)
+    chosen = [(plan.precision, [(s.type, s.value) for s in plan.settings]) for plan in (pipeline.plan, reference)]
+    if chosen[0] == chosen[1]:
+        print("the plan is that of the untouched model: no layer differs.", file=sys.stderr)
+        return []
+    print("every layer beside the untouched model's ...", file=sys.stderr)
+    with _told(pipeline.plan, pipeline.ledger):
+        return losses(pipeline, pipeline.encode(), untouched(reference, checkpoint))
 
 
 def models_ls(flags: Namespace) -> None:
@@ -312,6 +364,8 @@ def verify(flags: Namespace) -> int:
     ]
     outcome = f"{'passed' if verdict.passed else 'failed'} as {verdict.tier}"
     text = f"{_table(rows)}\n{outcome}: {folder}/verdict.html"
+    if not verdict.passed:
+        text += "\nframefit diagnose --layers with the same flags says which layers differ"
     _finish(verdict.to_json() | {"folder": str(folder)}, flags, text)
     return 0 if verdict.passed else 1
 
@@ -381,18 +435,23 @@ def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
 
 def _refuse_with_resume(flags: Namespace) -> None:
     """A resumed run keeps its request; a flag that would change it is a contradiction."""
-    fixed = {
+    if given := _asked(flags):
+        raise UsageError(
+            f"--resume goes on with the run as it was asked for, and {given[0]} would change it: leave it out, "
+            f"or start a new run."
+        )
+
+
+def _asked(flags: Namespace) -> list[str]:
+    """What was given of the flags that say which video to make, and how."""
+    values = {
         "IMAGE": flags.image, "--prompt": flags.prompt, "--model": flags.model, "--last-image": flags.last_image,
         "--negative": flags.negative_prompt, "--size": flags.size, "--fit": flags.fit, "--frames": flags.num_frames,
         "--fps": flags.fps, "--steps": flags.steps, "--guidance": flags.guidance, "--seed": flags.seed,
         "--lora": flags.loras, "--preset": flags.preset, "--precision": flags.precision,
         "--set": flags.settings or None, "--untuned": flags.untuned or None,
     }  # fmt: skip
-    if given := [flag for flag, value in fixed.items() if value is not None]:
-        raise UsageError(
-            f"--resume goes on with the run as it was asked for, and {given[0]} would change it: leave it out, "
-            f"or start a new run."
-        )
+    return [flag for flag, value in values.items() if value is not None]
 
 
 def _default_output() -> Path:

@@ -117,7 +117,10 @@ def test_a_profiled_row_says_where_its_time_goes(tmp_path: Path) -> None:
     found = run(job)
     assert found.profile["kinds"]["matmul"]["seconds"] > 0
     assert found.profile["kinds"]["attention"]["of_ceiling"] > 0
-    assert "| framefit | attention " in report.markdown(waterfall(found))
+    assert [advice["binds"] for advice in found.advice].count(True) == 1
+    page = report.markdown(waterfall(found))
+    assert "| framefit | attention " in page
+    assert f"- framefit, {found.advice[0]['rule']}: " in page.partition("## Advice")[2]
 
 
 @pytest.mark.parametrize("name", ["tiny-wan", "tiny-easyanimate"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ COLUMNS = (
 
 DRIFT = 0.02
 """Stock's change from beginning to end that is called out."""
+
+HELPFUL = 4
+"""Findings of a row that are told; the JSON has all."""
 
 COLOURS = {"stock": "#9aa0a6", "exact": "#2f7ed8", "near": "#e08a1e", "lossy": "#b5539c", "peer": "#4f9d69"}
 
@@ -68,6 +71,7 @@ def markdown(result: Result) -> str:
         table(rows),
         "\n".join(rest),
         _profiles(result),
+        _advice(result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -183,6 +187,20 @@ def _profiles(result: Result) -> str:
                 )
             )  # fmt: skip
     return table(lines)
+
+
+def _advice(result: Result) -> str:
+    """With --profile, what would help each row most, and how much of a call each may save at the most."""
+    lines = []
+    for row in result.rows:
+        for found in row.advice[:HELPFUL]:
+            told = [f"{advice['do']} ({_saved(row, advice)})" for advice in found["advice"] if advice["tier"]]
+            lines.append(f"- {row.name}, {found['rule']}: {found['because']}. {'; '.join(told)}")
+    return "\n".join(["## Advice", "", *lines]) if lines else ""
+
+
+def _saved(row: Row, advice: Mapping[str, Any]) -> str:
+    return f"{advice['gain_s'] / row.median_s:.0%}, {advice['tier']}"
 
 
 def _title(result: Result) -> str:

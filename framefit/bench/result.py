@@ -50,6 +50,8 @@ class Row:
     """Against stock's output: relative_l2, max_abs, psnr_db (decodes; None: equal)."""
     profile: Mapping[str, Any] = field(default_factory=dict)
     """Where the time of one call went, as `framefit.profiling.Breakdown` tells it; empty: it was not asked for."""
+    advice: tuple[Mapping[str, Any], ...] = ()
+    """What would help, as `framefit.profiling.Finding` tells it, the largest gain first; gains are of one call."""
 
     @property
     def median_s(self) -> float:
@@ -66,7 +68,7 @@ class Row:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`."""
-        return cls(**(data | {name: tuple(data[name]) for name in ("seconds", "warmup_s")}))
+        return cls(**(data | {name: tuple(data.get(name, ())) for name in ("seconds", "warmup_s", "advice")}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,6 +40,10 @@ from framefit.plan import Plan, Tier
 from framefit.planning import choose
 from framefit.profiling import breakdown, ceilings
 from framefit.profiling.counts import Tally, count
+from framefit.profiling.findings import Case, diagnose
+from framefit.profiling.profile import DENOISE, PhaseProfile
+from framefit.profiling.rules import RULES
+from framefit.profiling.surroundings import Watch
 from framefit.request import Request
 from framefit.schedule import Schedule
 from framefit.testing import random_parts, randomise
@@ -129,7 +133,7 @@ def _measure(job: Job, row: Checkpoint, plan: Plan) -> Row:
         predicted={name: value for name, value in asdict(plan.estimate).items() if name in measured},
         measured=measured,
         quality=compare(_tensor(output), torch.load(job.reference)) if job.reference else {},
-        profile=_profile(call, device) if job.profile else {},
+        **_profile(job, call, plan, phases["repeats"].peak_bytes) if job.profile else {},
     )
 
 
@@ -231,9 +235,20 @@ def _timed(call: Call, device: str, more: Callable[[list[float]], bool]) -> tupl
 
 
 @torch.no_grad()
-def _profile(call: Call, device: str) -> dict[str, Any]:
-    """Where the time of one more call goes, by kind of work and share of the ceiling."""
-    return breakdown(call, device, ceilings=ceilings.measure(device)).to_json()
+def _profile(job: Job, call: Call, plan: Plan, peak_bytes: int) -> dict[str, Any]:
+    """Where the time of one more call goes, by kind of work and share of the ceiling, and what would help."""
+    device, best = plan.device.id, ceilings.measure(plan.device.id)
+    with Watch(device) as watch:
+        found = breakdown(call, device, ceilings=best)
+    name = "decode" if job.scenario.kind == "decode" else f"{DENOISE}transformer"
+    ours = job.variant.engine == "framefit"
+    case = Case(
+        device=plan.device, precision=plan.precision,
+        settings={s.type: s.value for s in plan.settings} if ours else {},
+        phases=(PhaseProfile(name=name, times=1, peak_bytes=peak_bytes, breakdown=found),),
+        ceilings=best, surroundings=watch.seen,
+    )  # fmt: skip
+    return {"profile": found.to_json(), "advice": tuple(each.to_json() for each in diagnose(case, RULES))}
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -1,24 +1,34 @@
-"""Seconds, FLOPs and bytes of one call by kind of work, and which share of the device's ceiling each kind reached."""
+"""Seconds, FLOPs and bytes of one call by kind of work, and which share of the device's ceiling each kind reached.
+
+Beside the work stands what held it up: gaps, compiling again, an allocator without room.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 import torch
 
 from framefit.profiling.ceilings import Ceilings
 from framefit.profiling.counts import Counts, Tally, count
 from framefit.profiling.kinds import KINDS, Kind, direction
-from framefit.profiling.trace import Work, busy_s, phase, record
+from framefit.profiling.stalls import Stalls, StallWatch
+from framefit.profiling.trace import Work, busy_s, gaps_s, phase, record
 
 __all__ = ["Breakdown", "Cost", "Kernel", "breakdown", "summarise", "timed"]
 
 CALL = "call"
 NO_COUNTS = Counts()
+
+GAP_S = 300e-6
+"""A shorter gap is the launch of the next kernel, which under the profiler takes ten times as long as usual."""
+
+LONGEST = 40
+"""Kernels that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +43,8 @@ class Cost:
     launches: float = 0.0
     ceiling_s: float | None = None
     """Seconds that the same work takes at the device's measured rates; None where one was not measured."""
+    precision: str = ""
+    """That most of the FLOPs are in."""
 
     @property
     def tflops(self) -> float:
@@ -50,6 +62,11 @@ class Cost:
     def to_json(self) -> dict[str, Any]:
         derived = {"tflops": self.tflops, "gb_per_s": self.gb_per_s, "of_ceiling": self.of_ceiling}
         return {name: _rounded(value) for name, value in (asdict(self) | derived).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; what was derived is derived again."""
+        return cls(**{field.name: data[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +94,24 @@ class Breakdown:
     transfers: Mapping[str, Cost]
     """"host_to_device", "device_to_host", "device_to_device": parts of the kind "transfer"."""
     kernels: tuple[Kernel, ...]
-    """Longest first."""
+    """The 40 longest, longest first."""
+    gaps_s: float = 0.0
+    """The part of `idle_s` between two pieces of work, in gaps too short for anything but a launch."""
+    transfer_alone_s: float = 0.0
+    """The part of the transfers beside which nothing else ran."""
+    allocating_s: float = 0.0
+    """The host was in the card's driver to get memory or to give it back."""
+    stalls: Stalls = field(default_factory=Stalls)
+    """Without the profiler."""
 
     @property
     def busy_s(self) -> float:
         return self.wall_s - self.idle_s
+
+    @property
+    def waiting_s(self) -> float:
+        """The device did nothing, without the profiler, under which it never waits less."""
+        return min(self.idle_s, max(0.0, self.plain_s - self.busy_s))
 
     @property
     def launches(self) -> float:
@@ -101,18 +131,32 @@ class Breakdown:
         return self.kinds[kind].seconds / self.wall_s if self.wall_s else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """`kernels` are the 40 longest."""
         return {
             "device": self.device,
-            **{name: _rounded(getattr(self, name)) for name in ("wall_s", "plain_s", "idle_s")},
+            **{name: _rounded(getattr(self, name)) for name in SECONDS},
             "launches": self.launches,
             "mean_launch_s": _rounded(self.mean_launch_s),
             "kinds": {
                 kind: cost.to_json() | {"share": _rounded(self.share(kind))} for kind, cost in self.kinds.items()
             },
             "transfers": {way: cost.to_json() for way, cost in self.transfers.items()},
-            "kernels": [asdict(kernel) | {"seconds": _rounded(kernel.seconds)} for kernel in self.kernels[:40]],
+            "kernels": [asdict(kernel) | {"seconds": _rounded(kernel.seconds)} for kernel in self.kernels],
+            "stalls": asdict(self.stalls),
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        costs: dict[str, Any] = {
+            name: {key: Cost.from_json(cost) for key, cost in data[name].items()} for name in ("kinds", "transfers")
+        }
+        return cls(
+            device=data["device"], kernels=tuple(Kernel(**kernel) for kernel in data["kernels"]),
+            stalls=Stalls(**data["stalls"]), **{name: data[name] for name in SECONDS}, **costs,
+        )  # fmt: skip
+
+
+SECONDS = ("wall_s", "plain_s", "idle_s", "gaps_s", "transfer_alone_s", "allocating_s")
 
 
 def breakdown(
@@ -131,7 +175,9 @@ def breakdown(
         for _ in range(repeats):
             call()
 
-    plain_s = timed(calls, device)
+    watch = StallWatch(device)
+    with watch.phase(CALL):
+        plain_s = timed(calls, device)
 
     def watched() -> None:
         with phase(CALL):
@@ -146,6 +192,7 @@ def breakdown(
     return summarise(
         [work for work in trace.works if work.phase == CALL], tally.phases.get(CALL, NO_COUNTS), device,
         wall_s=trace.phases[CALL], plain_s=plain_s, repeats=repeats, ceilings=ceilings,
+        allocating_s=trace.allocating.get(CALL, 0.0), stalls=watch.phases[CALL],
     )  # fmt: skip
 
 
@@ -167,22 +214,29 @@ def summarise(
     plain_s: float,
     repeats: int = 1,
     ceilings: Ceilings | None = None,
+    allocating_s: float = 0.0,
+    stalls: Stalls | None = None,
 ) -> Breakdown:
-    """The breakdown of one of `repeats` equal calls: `works` and seconds are of all of them, `counts` of one."""
+    """The breakdown of one of `repeats` equal calls: works, seconds and stalls are of all of them, `counts` of one."""
     works = list(works)
+    busy, others = busy_s(works), busy_s(work for work in works if work.kind != "transfer")
+    idle_s = max(0.0, wall_s - busy)
     kinds = {
         kind: Cost(
             **_spent((work for work in works if work.kind == kind), repeats),
             flops=sum(flops for (of, _), flops in counts.flops.items() if of == kind),
             bytes=_bytes(kind, counts),
             ceiling_s=ceilings.seconds(kind, counts) if ceilings else None,
+            precision=_precision(kind, counts),
         )
         for kind in KINDS
     }
     return Breakdown(
         device=device, wall_s=wall_s / repeats, plain_s=plain_s / repeats,
-        idle_s=max(0.0, wall_s - busy_s(works)) / repeats, kinds=kinds,
-        transfers=_transfers(works, counts, repeats, ceilings), kernels=_kernels(works, repeats),
+        idle_s=idle_s / repeats, kinds=kinds, transfers=_transfers(works, counts, repeats, ceilings),
+        kernels=_kernels(works, repeats), gaps_s=min(idle_s, gaps_s(works, GAP_S)) / repeats,
+        transfer_alone_s=(busy - others) / repeats, allocating_s=allocating_s / repeats,
+        stalls=(stalls or Stalls()).per_call(repeats),
     )  # fmt: skip
 
 
@@ -197,6 +251,11 @@ def _spent(works: Iterable[Work], repeats: int) -> dict[str, float]:
 def _bytes(kind: Kind, counts: Counts) -> int:
     ways = {"elementwise": ("elementwise",), "transfer": ("host_to_device", "device_to_host")}
     return sum(counts.bytes[way] for way in ways.get(kind, ()))
+
+
+def _precision(kind: Kind, counts: Counts) -> str:
+    flops = {precision: n for (of, precision), n in counts.flops.items() if of == kind}
+    return max(flops, key=lambda precision: flops[precision], default="")
 
 
 def _transfers(works: list[Work], counts: Counts, repeats: int, ceilings: Ceilings | None) -> dict[str, Cost]:
@@ -225,7 +284,7 @@ def _kernels(works: list[Work], repeats: int) -> tuple[Kernel, ...]:
         )
         for (name, kind), same in by_name.items()
     ]  # fmt: skip
-    return tuple(sorted(kernels, key=lambda kernel: -kernel.seconds))
+    return tuple(sorted(kernels, key=lambda kernel: -kernel.seconds)[:LONGEST])
 
 
 def _finish(device: str) -> None:
@@ -233,6 +292,6 @@ def _finish(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _rounded(value: float | None) -> float | None:
-    """Six digits: more would be noise."""
-    return None if value is None else float(f"{value:.6g}")
+def _rounded(value: Any) -> Any:
+    """Six digits of a number: more would be noise."""
+    return float(f"{value:.6g}") if isinstance(value, float | int) else value

@@ -11,10 +11,11 @@ import json
 import platform
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -27,9 +28,11 @@ from framefit.profiling import flame, modules, timeline
 from framefit.profiling.breakdown import Breakdown, summarise
 from framefit.profiling.ceilings import Ceilings
 from framefit.profiling.counts import Counts, Tally, count
+from framefit.profiling.stalls import StallWatch
+from framefit.profiling.surroundings import Surroundings, Watch
 from framefit.profiling.trace import Trace, phase, record
 
-__all__ = ["Memory", "PhaseProfile", "Profile", "check_folder", "profile"]
+__all__ = ["Memory", "PhaseProfile", "Profile", "check_folder", "profile", "take_step"]
 
 DENOISE = "denoise:"
 
@@ -50,6 +53,11 @@ class PhaseProfile:
             "name": self.name, "times": self.times, "peak_bytes": self.peak_bytes,
             "breakdown": self.breakdown.to_json(),
         }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**{**data, "breakdown": Breakdown.from_json(data["breakdown"])})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +93,8 @@ class Profile:
     graphs: int
     """Graphs that torch.compile made in this process."""
     graph_breaks: int
+    surroundings: Surroundings
+    """On the way gone without the profiler."""
     files: tuple[Path, ...]
 
     @property
@@ -103,6 +113,7 @@ class Profile:
             "phases": [phase.to_json() for phase in self.phases],
             "memory": asdict(self.memory),
             "compile": {"graphs": self.graphs, "graph_breaks": self.graph_breaks},
+            "surroundings": self.surroundings.to_json(),
             "ceilings": self.ceilings.to_json(),
             "files": [str(file) for file in self.files],
         }
@@ -114,7 +125,8 @@ def profile(pipeline: Pipeline, folder: Path, ceilings: Ceilings, *, steps: int 
     Without matplotlib there is no `memory.png`, and a note says so.
 
     Args:
-        steps: denoising steps to profile of each expert; each is the expert's first, taken anew.
+        steps: denoising steps to profile of each expert, each taken anew from the same latents. No way has the steps
+            of the one before it where the expert has enough, so that what compiles again for every step is seen.
 
     Raises:
         NotFinite: the model produced NaN or infinity, in fp32 too.
@@ -125,8 +137,10 @@ def profile(pipeline: Pipeline, folder: Path, ceilings: Ceilings, *, steps: int 
     # the ledger that the caller holds hears of every phase, so that an error can name it
     ledger = partial(_Mute, plan.device.id, on_enter=partial(setattr, told, "last"))
     way.go(Ledger(plan.device.id, on_enter=partial(setattr, told, "last")))
-    plain = ledger()
-    way.go(plain)
+    stalls = StallWatch(plan.device.id)
+    plain = ledger(around=stalls.phase)
+    with Watch(plan.device.id) as watch:
+        way.go(plain)
     peaks = {phase.name: phase.peak_bytes for phase in plain.close()}
     memory = _memory(plan, max(peaks.values()))
     with modules.named(pipeline.parts.components):
@@ -135,7 +149,8 @@ def profile(pipeline: Pipeline, folder: Path, ceilings: Ceilings, *, steps: int 
     count(lambda: way.go(ledger(around=tally.phase)), tally)
     result = Profile(
         plan=plan, torch=torch.__version__, steps=steps, ceilings=ceilings, load_s=load_s, memory=memory,
-        phases=_phases(way, plain, peaks, trace, tally, ceilings, pipeline), files=(), **_compiled(),
+        phases=_phases(way, plain, peaks, stalls, trace, tally, ceilings, pipeline), surroundings=watch.seen, files=(),
+        **_compiled(),
     )  # fmt: skip
     return _save(result, trace, folder, told)
 
@@ -159,12 +174,14 @@ class _Mute(Ledger):
         self.notices.append(sentence)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Way:
     """The short way through a pipeline's phases."""
 
     pipeline: Pipeline
     steps: int
+    gone: int = 0
+    """Times."""
 
     def go(self, ledger: Ledger) -> None:
         """Once, with the phases told to `ledger`."""
@@ -173,20 +190,23 @@ class _Way:
         state = pipeline.encode()
         served = pipeline.experts()
         for expert in dict.fromkeys(served):
-            for _ in range(self.steps):
-                self._step(state, served.index(expert))
+            own = [index for index, name in enumerate(served) if name == expert]
+            for step in range(self.steps):
+                take_step(pipeline, state, own[(self.gone * self.steps + step) % len(own)])
         for _ in pipeline.decode(state):
             pass
+        self.gone += 1
 
     def repeats(self, name: str) -> int:
         """How often `go` goes through the phase `name`."""
         return self.steps if name.startswith(DENOISE) else 1
 
-    def _step(self, state: State, index: int) -> None:
-        """The step `index`, from whatever the latents are: what they hold changes no time."""
-        state.step, state.scheduler = index, {}
-        with contextlib.suppress(Cancelled):
-            self.pipeline.denoise(state, cancelled=lambda: True)
+
+def take_step(pipeline: Pipeline, state: State, index: int) -> None:
+    """The step `index` alone, from whatever the latents are: what they hold changes no time."""
+    state.step, state.scheduler = index, {}
+    with contextlib.suppress(Cancelled):
+        pipeline.denoise(state, cancelled=lambda: True)
 
 
 def _serving_all(pipeline: Pipeline) -> Pipeline:
@@ -202,6 +222,7 @@ def _phases(
     way: _Way,
     plain: Ledger,
     peaks: dict[str, int],
+    stalls: StallWatch,
     trace: Trace,
     tally: Tally,
     ceilings: Ceilings,
@@ -217,6 +238,7 @@ def _phases(
                 [work for work in trace.works if work.phase == name],
                 _per_call(tally.phases.get(name, Counts()), way.repeats(name)), plain.device,
                 wall_s=seconds, plain_s=plain.phases[name].seconds, repeats=way.repeats(name), ceilings=ceilings,
+                allocating_s=trace.allocating.get(name, 0.0), stalls=stalls.phases[name],
             ),
         )
         for name, seconds in trace.phases.items()

@@ -35,6 +35,7 @@ def summary(profile: Profile) -> Iterator[str]:
     yield f"memory    {_memory(profile)}"
     for file, what in zip(profile.files, map(_what, profile.files), strict=True):
         yield f"{file}  {what}"
+    yield f"advice    framefit diagnose --from {profile.files[-1].parent}"
 
 
 def _memory(profile: Profile) -> str:

@@ -17,13 +17,16 @@ from torch.profiler import DeviceType, ProfilerActivity, record_function
 
 from framefit.profiling.kinds import Kind, kind_of
 
-__all__ = ["MODULE", "Trace", "Work", "busy_s", "phase", "record", "works"]
+__all__ = ["MODULE", "Trace", "Work", "busy_s", "gaps_s", "phase", "record", "works"]
 
 PHASE, MODULE = "phase:", "module:"
 """How our own ranges are told from others in a trace."""
 
 SYNCS = {"Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event"}
 """CUPTI's records of waiting: on the device's side of a trace, and no work."""
+
+ALLOCATIONS = re.compile(r"(cuda|hip)(Malloc|Free|HostAlloc)|cuMem(Create|Release|Map|Unmap|SetAccess)")
+"""Calls that ask the driver for memory or give it back; torch's allocator makes none of them once it is warm."""
 
 LAUNCH = re.compile(r"(cuda|cu|hip)[A-Z]")
 """Calls of the runtime and the driver, as cudaLaunchKernelExC; their ids are CUPTI's, all others are torch's."""
@@ -55,6 +58,8 @@ class Trace:
     works: tuple[Work, ...]
     phases: dict[str, float]
     """Phase -> seconds from its beginnings to its ends."""
+    allocating: dict[str, float]
+    """Phase -> seconds that the host spent in the card's driver to get memory or to give it back."""
     profiler: torch.profiler.profile
     """For the Chrome trace."""
 
@@ -74,7 +79,10 @@ def record(call: Callable[[], object], device: str, *, memory: bool = False) -> 
             torch.cuda.synchronize(device)
     events = profiler.events()
     assert events is not None
-    return Trace(works=tuple(works(events, card=card)), phases=_phases(events), profiler=profiler)
+    return Trace(
+        works=tuple(works(events, card=card)), phases=_phases(events), allocating=_allocating(events),
+        profiler=profiler,
+    )  # fmt: skip
 
 
 def works(events: Iterable[Any], *, card: bool) -> Iterator[Work]:
@@ -90,6 +98,16 @@ def busy_s(pieces: Iterable[Work]) -> float:
     for start, end in sorted((work.start_s, work.end_s) for work in pieces):
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
+    return total
+
+
+def gaps_s(pieces: Iterable[Work], shorter_than_s: float) -> float:
+    """Seconds in which none of `pieces` ran, between two of them, in gaps shorter than `shorter_than_s`."""
+    total, reached = 0.0, float("inf")
+    for start, end in sorted((work.start_s, work.end_s) for work in pieces):
+        gap = start - reached
+        total += gap if 0 < gap < shorter_than_s else 0.0
+        reached = end if reached == float("inf") else max(reached, end)
     return total
 
 
@@ -171,4 +189,13 @@ def _phases(events: Iterable[Any]) -> dict[str, float]:
         if event.name.startswith(PHASE) and event.device_type == DeviceType.CPU:
             name = event.name.removeprefix(PHASE)
             seconds[name] = seconds.get(name, 0.0) + event.cpu_time_total * US
+    return seconds
+
+
+def _allocating(events: Iterable[Any]) -> dict[str, float]:
+    places, seconds = _Places(), dict[str, float]()
+    for event in events:
+        if event.device_type == DeviceType.CPU and ALLOCATIONS.match(event.name):
+            name = places.of(event).phase
+            seconds[name] = seconds.get(name, 0.0) + event.time_range.elapsed_us() * US
     return seconds
