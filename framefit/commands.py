@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from framefit import __version__
 from framefit.errors import DoesNotFit, FramefitError, UsageError
 from framefit.request import Lora, Request
 
@@ -92,7 +91,7 @@ def plan(flags: Namespace) -> int:
     request, reasons = plan.request, plan.reasons
     rows = [
         ("model", f"{checkpoint.id} ({checkpoint.title})", ""),
-        ("device", plan.device.name, ""),
+        ("device", plan.device.name, _budget(plan)),
         ("size", f"{request.width}x{request.height}, photo {request.fit}", reasons["size"]),
         ("frames", f"{request.num_frames} at {request.fps:g} fps", reasons["num_frames"]),
         ("steps", request.steps, reasons["steps"]),
@@ -117,6 +116,15 @@ def plan(flags: Namespace) -> int:
     return 0
 
 
+def _budget(plan: Plan) -> str:
+    device = plan.device
+    if device.id == "cpu":
+        return ""
+    free = "what is free beside CUDA's context" if device.vram_limit_bytes is None else "by --vram"
+    here = "; not a card of this machine" if device.origin == "named" else ""
+    return f"{device.budget_bytes / 2**30:.2f} GiB for the run: {free}{here}"
+
+
 def profile(flags: Namespace) -> None:
     from framefit.profiling.table import rows, summary
 
@@ -133,19 +141,19 @@ def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     from framefit.pipeline import load
     from framefit.profiling import measure, profile
     from framefit.profiling.profile import check_folder
-    from framefit.run import check_fits
+    from framefit.run import check_runs
 
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint, plan = _prepared(flags)
     hub.locate(checkpoint)
-    check_fits(plan)
+    check_runs(plan)
     check_folder(folder, overwrite=flags.overwrite)
     quiet_libraries()
     print("what this device does at best ...", file=sys.stderr)
     ceilings = measure(plan.device.id, fresh=flags.fresh_ceilings)
     print("load, then every phase four times ...", file=sys.stderr)
     ledger = Ledger(plan.device.id)
-    with _told(plan, ledger):
+    with plan.device.capped(), _told(plan, ledger):
         pipeline = load(plan, checkpoint, ledger)
         return profile(pipeline, folder, ceilings, steps=flags.profile_steps), pipeline
 
@@ -245,34 +253,11 @@ def models_verify(flags: Namespace) -> int:
 
 
 def doctor(flags: Namespace) -> None:
-    from importlib.metadata import PackageNotFoundError, version
+    from framefit.doctor import examine
 
-    from framefit.checkpoint import default_root, list_runs
-    from framefit.device import Device
-    from framefit.families import CHECKPOINTS, TINY, find, hub
-
-    versions = {}
-    for name in ("torch", "diffusers", "transformers", "av", "pillow"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "missing"
-    device = Device.detect()
-    present = [row.id for row in (find(TINY), *CHECKPOINTS.values()) if hub.is_present(row)]
-    runs = [path.name for path in list_runs(flags.checkpoint_dir or default_root())]
-    facts = {"framefit": __version__, "device": device.to_json(), "versions": versions, "models": present, "runs": runs}
-    memory = [("RAM", device.ram_free_bytes, device.ram_total_bytes)]
-    if device.vram_total_bytes:
-        memory.insert(0, ("VRAM", device.vram_free_bytes, device.vram_total_bytes))
-    rows = [
-        ("framefit", __version__),
-        *versions.items(),
-        ("device", f"{device.name} ({device.id})"),
-        *((name, f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB") for name, free, total in memory),
-        ("disk", f"{device.disk_free_bytes / 2**30:.1f} GiB free"),
-        ("models here", ", ".join(present)),
-        ("runs to resume", ", ".join(runs) or "none"),
-    ]
+    if flags.probe:
+        print("measuring this device ...", file=sys.stderr)
+    facts, rows = examine(flags.device or "auto", probe=flags.probe, runs=flags.checkpoint_dir)
     _finish(facts, flags, _table(rows))
 
 
@@ -350,7 +335,7 @@ def verify(flags: Namespace) -> int:
         raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
     options = Options(
         device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
-        use_tuned=not flags.untuned,
+        use_tuned=not flags.untuned, vram_bytes=flags.vram,
     )  # fmt: skip
     folder = flags.output or Path("outputs") / f"verify_{time.strftime('%Y%m%d-%H%M%S')}"
     verdict = verify(
@@ -428,7 +413,7 @@ def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
         flags.prompt = "(no prompt)"
     options = Options(
         device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
-        use_tuned=not flags.untuned, checkpoints=None,
+        use_tuned=not flags.untuned, vram_bytes=flags.vram, ram_bytes=getattr(flags, "ram", None), checkpoints=None,
     )  # fmt: skip
     return prepare(_request(flags), options)
 

@@ -25,7 +25,7 @@ from framefit.planning import choose
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
-__all__ = ["Options", "check_fits", "generate", "prepare", "resume", "translated"]
+__all__ = ["Options", "check_fits", "check_runs", "generate", "prepare", "resume", "translated"]
 
 
 DEFAULT_CRF = 18
@@ -36,7 +36,11 @@ class Options:
     """How to run, apart from what to make."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
+    """auto, cpu, cuda or cuda:N; to plan, also a card of `framefit.cards`"""
+    vram_bytes: int | None = None
+    """Most that the run may reserve of a card, which is enforced; None: what is free."""
+    ram_bytes: int | None = None
+    """Memory of the machine that a card of `framefit.cards` is in; None: this machine's."""
     precision: str | None = None
     """bf16, fp16 or fp32; None: what the device computes best"""
     preset: str | None = None
@@ -82,7 +86,7 @@ def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
     plan = choose(
         request,
         checkpoint,
-        Device.detect(options.device),
+        Device.find(options.device, vram_bytes=options.vram_bytes, ram_bytes=options.ram_bytes),
         photo_size=sizes["image"],
         photos={name: photo.sha256(path) for name, path in paths.items()},
         preset=options.preset,
@@ -115,7 +119,7 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     checkpoint, plan = prepare(request, options)
     if checkpoint.folder is not None:  # what a folder lacks is told before what it would need
         hub.locate(checkpoint)
-    check_fits(plan)
+    check_runs(plan)
     _check_output(plan, output, options)
     weights = fingerprint(hub.locate(checkpoint))
     if options.weights not in (None, weights):
@@ -135,7 +139,8 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
 
     Args:
         output: where the video goes; None: where the run was to put it.
-        options: of these only the device (auto: the run's own), the output's, the checkpoints' and the listeners count.
+        options: of these only the device (auto: the run's own, with its limit), the limit, the output's, the
+            checkpoints' and the listeners count.
         restart: begin again from step 0, whatever the checkpoint holds.
 
     Raises:
@@ -144,8 +149,7 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
     with RunFolder.open((options.checkpoints or default_root()).absolute(), id) as run:
         output = output or run.output
         checkpoint = find(run.plan.request.model)
-        device = Device.detect(run.plan.device.id if options.device == "auto" else options.device)
-        plan = replace(run.plan, device=device)
+        plan = replace(run.plan, device=_device_to_resume_on(run.plan, options))
         weights = fingerprint(hub.locate(checkpoint))
         _check_output(plan, output, options)
         _check_loras(plan)
@@ -163,13 +167,26 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
         return _execute(checkpoint, plan, weights, output, options, run, state)
 
 
+def _device_to_resume_on(plan: Plan, options: Options) -> Device:
+    if options.device == "auto":
+        return Device.detect(plan.device.id, vram_bytes=options.vram_bytes or plan.device.vram_limit_bytes)
+    return Device.detect(options.device, vram_bytes=options.vram_bytes)
+
+
+def check_runs(plan: Plan) -> None:
+    """Raises `UsageError` where the plan's card is not of this machine, `DoesNotFit` where the plan is not feasible."""
+    plan.device.check_here()
+    check_fits(plan)
+
+
 def check_fits(plan: Plan) -> None:
     """Raises `DoesNotFit` where the plan is not feasible."""
     if not plan.feasible:
         need, free = plan.estimate.weights_bytes / 2**30, plan.estimate.free_bytes / 2**30
         raise DoesNotFit(
             f"{plan.request.model} needs {need:.1f} GiB for its weights in {plan.precision} and {plan.device.name} has "
-            f"{free:.1f} GiB free: use a smaller model (framefit models ls) or a larger device."
+            f"{free:.1f} GiB {'free' if plan.device.vram_limit_bytes is None else 'by --vram'}: use a smaller model "
+            f"(framefit models ls) or a larger device."
         )
 
 
@@ -190,7 +207,7 @@ def _execute(
     writer = _writer(run, plan.request.steps, options) if run else None
     crf = options.crf if options.crf is not None else run.crf if run else DEFAULT_CRF
     try:
-        with _finishing(writer):
+        with plan.device.capped(), _finishing(writer):
             pipeline = load(plan, checkpoint, ledger)
             frames = pipeline.run(
                 state=state, on_step=_listening(plan, options), save=writer, cancelled=options.cancelled
@@ -285,12 +302,18 @@ def translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
     # torch raises a plain RuntimeError where the CPU's allocator fails
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return DoesNotFit(
-            f"{plan.device.name} ran out of memory in the phase {phase} at {request.width}x{request.height}, "
+            f"{_memory(plan)} in the phase {phase} at {request.width}x{request.height}, "
             f"{request.num_frames} frames: ask for a smaller --size or fewer --frames."
         )
     logging.getLogger("framefit").debug("unexpected error", exc_info=error)
     reason = " ".join(str(error).split()) or "no reason given"
     return FramefitError(f"the phase {phase} failed ({type(error).__name__}: {reason}).")
+
+
+def _memory(plan: Plan) -> str:
+    if plan.device.vram_limit_bytes is None:
+        return f"{plan.device.name} ran out of memory"
+    return f"the {plan.device.vram_limit_bytes / 2**30:.2f} GiB of --vram ran out"
 
 
 def _check_photos(plan: Plan) -> None:

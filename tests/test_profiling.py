@@ -27,13 +27,14 @@ from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.kinds import direction, kernel_kind, kind_of, op_kind
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
-from framefit.profiling import Ceilings, breakdown, flame, measure, profile
+from framefit.profiling import breakdown, flame, measure, profile
 from framefit.profiling.breakdown import summarise
 from framefit.profiling.modules import named
 from framefit.profiling.profile import check_folder
 from framefit.profiling.trace import Work, busy_s, record, works
+from framefit.rates import Rates
 
-FLAT = Ceilings(
+FLAT = Rates(
     device="a test", torch="any",
     tflops={kind: {"fp32": 1.0} for kind in ("matmul", "attention", "convolution")},
     memory_gb_per_s=10.0, host_to_device_gb_per_s=20.0, device_to_host_gb_per_s=5.0,
@@ -325,7 +326,7 @@ def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ceilings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick_ceilings(monkeypatch)
-    file = tmp_path / "state" / "ceilings.json"
+    file = tmp_path / "state" / "rates.json"
     first = measure("cpu", file=file)
     assert min(rate for rates in first.tflops.values() for rate in rates.values()) > 0
     assert first.memory_gb_per_s > 0

@@ -69,9 +69,7 @@ def choose(
         device=device,
         precision=precision,
         settings=(_guidance(checkpoint, dict(settings or {})),),
-        estimate=Estimate(
-            weights_bytes=_weights_bytes(checkpoint, BYTES[precision]), free_bytes=device.memory_free_bytes
-        ),
+        estimate=Estimate(weights_bytes=_weights_bytes(checkpoint, BYTES[precision]), free_bytes=device.budget_bytes),
         photos=dict(photos or {}),
         reasons=reasons,
     )
