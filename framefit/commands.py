@@ -85,9 +85,10 @@ def rerun(flags: Namespace) -> None:
 
 
 def plan(flags: Namespace) -> int:
-    from framefit.run import check_fits
+    from framefit.planning import check_fits, estimated
 
     checkpoint, plan = _prepared(flags)
+    plan = estimated(plan, checkpoint)
     request, reasons = plan.request, plan.reasons
     rows = [
         ("model", f"{checkpoint.id} ({checkpoint.title})", ""),
@@ -107,13 +108,26 @@ def plan(flags: Namespace) -> int:
             f"all components resident; {plan.estimate.free_bytes / 2**30:.1f} GiB are free",
         ),
     ]
-    _finish(plan.to_json(), flags, _table(rows))
+    _finish(plan.to_json(), flags, f"{_table(rows)}\n\n{_table(_phases(plan))}")
     try:
         check_fits(plan)
     except DoesNotFit as error:  # the plan itself is the answer: it is on stdout already
         print(f"framefit: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _phases(plan: Plan) -> list[tuple[object, ...]]:
+    estimate, on_card = plan.estimate, plan.device.id != "cpu"
+    rows: list[tuple[object, ...]] = [("phase", "seconds", "card GiB" if on_card else "", "host GiB", "most of it")]
+    for phase in estimate.phases:
+        mark = " *" if phase == estimate.binding else ""
+        seconds = "-" if phase.seconds is None else f"{phase.seconds:.3g}"
+        card = f"{phase.peak_vram_bytes / 2**30:.2f}" if on_card else ""
+        most = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in list(phase.held.items())[:2])
+        rows.append((phase.name + mark, seconds, card, f"{phase.host_bytes / 2**30:.2f}", most))
+    total = "-" if estimate.seconds is None else f"{estimate.seconds:.3g}"
+    return [*rows, ("in all", total, f"{estimate.peak_bytes / 2**30:.2f}" if on_card else "", "", estimate.origin)]
 
 
 def _budget(plan: Plan) -> str:
@@ -407,15 +421,15 @@ def _request(flags: Namespace) -> Request:
 
 def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
     """The row and the plan of the flags; without a prompt, one that says so."""
-    from framefit.run import Options, prepare
+    from framefit.planning import prepare
 
     if flags.prompt is None:
         flags.prompt = "(no prompt)"
-    options = Options(
-        device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
-        use_tuned=not flags.untuned, vram_bytes=flags.vram, ram_bytes=getattr(flags, "ram", None), checkpoints=None,
+    return prepare(
+        _request(flags), device=flags.device or "auto", preset=flags.preset, precision=flags.precision,
+        settings=dict(flags.settings), use_tuned=not flags.untuned, vram_bytes=flags.vram,
+        ram_bytes=getattr(flags, "ram", None),
     )  # fmt: skip
-    return prepare(_request(flags), options)
 
 
 def _refuse_with_resume(flags: Namespace) -> None:

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from framefit import photo, recipe, tuned, video
+from framefit import photo, planning, recipe, video
 from framefit.checkpoint import RunFolder, State, Writer, default_root
 from framefit.device import Device
 from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, DoesNotFit, FramefitError, UsageError
-from framefit.families import Checkpoint, find, hub, lora
+from framefit.families import Checkpoint, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger, StepLog
 from framefit.pipeline import Step, load
 from framefit.plan import Plan
-from framefit.planning import choose
+from framefit.planning import check_fits
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
@@ -73,40 +73,11 @@ class Options:
 
 
 def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
-    """The model's row and the plan; no weight is read. Paths become absolute: a run may be resumed from elsewhere."""
-    checkpoint = find(request.model)
-    last_image = None if request.last_image is None else request.last_image.absolute()
-    request = replace(request, image=request.image.absolute(), last_image=last_image)
-    if checkpoint.folder is not None and not checkpoint.bundled:
-        request = replace(request, model=str(checkpoint.folder))
-    named = {"image": request.image, "last_image": request.last_image}
-    paths = {name: path for name, path in named.items() if path is not None}
-    sizes = {name: photo.load(path).size for name, path in paths.items()}
-    request = replace(request, loras=lora.check(request.loras, checkpoint))
-    plan = choose(
-        request,
-        checkpoint,
-        Device.find(options.device, vram_bytes=options.vram_bytes, ram_bytes=options.ram_bytes),
-        photo_size=sizes["image"],
-        photos={name: photo.sha256(path) for name, path in paths.items()},
-        preset=options.preset,
-        settings=options.settings,
-        precision=options.precision,
-    )
-    return checkpoint, _tuned(plan, options.settings) if options.use_tuned else plan
-
-
-def _tuned(plan: Plan, explicit: Mapping[str, str]) -> Plan:
-    """With the settings that a search has filed for this device in place of those that nobody asked for."""
-    if (found := tuned.find(plan)) is None:
-        return plan
-    settings = tuple(
-        type(s)(value=found.settings[s.type], because=found.because)
-        if s.type in found.settings and s.type not in explicit
-        else s
-        for s in plan.settings
-    )
-    return replace(plan, settings=settings)
+    """`planning.prepare` with what `options` say of it."""
+    return planning.prepare(
+        request, device=options.device, vram_bytes=options.vram_bytes, ram_bytes=options.ram_bytes,
+        preset=options.preset, settings=options.settings, precision=options.precision, use_tuned=options.use_tuned,
+    )  # fmt: skip
 
 
 def generate(request: Request, output: Path, options: Options | None = None) -> Report:
@@ -177,17 +148,6 @@ def check_runs(plan: Plan) -> None:
     """Raises `UsageError` where the plan's card is not of this machine, `DoesNotFit` where the plan is not feasible."""
     plan.device.check_here()
     check_fits(plan)
-
-
-def check_fits(plan: Plan) -> None:
-    """Raises `DoesNotFit` where the plan is not feasible."""
-    if not plan.feasible:
-        need, free = plan.estimate.weights_bytes / 2**30, plan.estimate.free_bytes / 2**30
-        raise DoesNotFit(
-            f"{plan.request.model} needs {need:.1f} GiB for its weights in {plan.precision} and {plan.device.name} has "
-            f"{free:.1f} GiB {'free' if plan.device.vram_limit_bytes is None else 'by --vram'}: use a smaller model "
-            f"(framefit models ls) or a larger device."
-        )
 
 
 def _execute(

@@ -68,7 +68,7 @@ def test_a_dry_run_holds_and_does_what_a_run_does(id: str, guidance: str, photo:
         within = 0.05 if id == "i2vgen-xl" else 0
         assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=within), one.name
         assert one.flops == other.flops, one.name
-        assert one.moved == pytest.approx(other.moved, rel=1e-2), one.name
+        assert one.bytes == pytest.approx(other.bytes, rel=1e-2), one.name
         assert sum(one.held.values()) <= one.peak_bytes
 
 
@@ -101,7 +101,7 @@ def test_one_block_stands_for_those_that_are_equal(id: str, photo: Path, monkeyp
 
 def strip(found: tuple[traces.PhaseTrace, ...]) -> list[Any]:
     """Without the places of the blocks."""
-    return [(p.name, p.weights_bytes, p.peak_bytes, p.flops, p.moved) for p in found]
+    return [(p.name, p.weights_bytes, p.peak_bytes, p.flops, p.bytes) for p in found]
 
 
 def test_at_true_size_it_agrees_with_an_h200(photo: Path) -> None:
@@ -149,8 +149,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         asked.append(plan)
         return (
             traces.PhaseTrace(
-                name="decode", weights_bytes={"vae": 2}, peak_bytes=3, held={"x": 1}, flops={"matmul": {"bf16": 5}},
-                moved={},
+                name="decode", weights_bytes={"vae": 2}, peak_bytes=3, held={"x": 1}, flops={("matmul", "bf16"): 5},
+                bytes={},
             ),
         )  # fmt: skip
 

@@ -210,10 +210,9 @@ def _phase(name: str, weights: Mapping[str, int], peak: Peak, counts: Counts) ->
     held: Counter[str] = Counter()
     for each in largest:
         held[f"{each.operator} {each.dtype}{list(each.shape)} in {each.module or 'the loop'}"] += each.bytes
-    flops: dict[str, dict[str, int]] = {}
-    for (kind, precision), n in counts.flops.items():
-        flops.setdefault(kind, {})[precision] = n
+    ways = ("elementwise", "host_to_device", "device_to_host")
+    flops: dict[tuple[str, str], int] = {**counts.flops}
     return PhaseTrace(
         name=name, weights_bytes=dict(weights), peak_bytes=peak.bytes, held=dict(held), flops=flops,
-        moved=dict(counts.bytes),
+        bytes={way: counts.bytes[way] for way in ways},
     )  # fmt: skip

@@ -35,14 +35,18 @@ class PhaseTrace:
     """Of everything else on the device, when it is most."""
     held: Mapping[str, int]
     """The largest tensors at that moment: what each is, and its bytes."""
-    flops: Mapping[str, Mapping[str, int]]
-    """Kind of work -> precision -> floating-point operations."""
-    moved: Mapping[str, int]
-    """"elementwise": bytes read and written; "host_to_device", "device_to_host"."""
+    flops: Mapping[tuple[str, str], int]
+    """(kind of work, precision) -> floating-point operations."""
+    bytes: Mapping[str, int]
+    """"elementwise": read and written; "host_to_device", "device_to_host": moved."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"flops": [[*key, n] for key, n in self.flops.items()]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(**data)
+        flops = {(kind, precision): n for kind, precision, n in data["flops"]}
+        return cls(**{**data, "flops": flops})
 
 
 def traced(plan: Plan, checkpoint: Checkpoint, folder: Path | None = None) -> tuple[PhaseTrace, ...]:
@@ -52,7 +56,7 @@ def traced(plan: Plan, checkpoint: Checkpoint, folder: Path | None = None) -> tu
         folder: where they are kept; None: `traces` in the user's state folder.
     """
     file = (folder or default_root().parent / "traces") / f"{_key(plan, checkpoint)}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return tuple(PhaseTrace.from_json(phase) for phase in json.loads(file.read_text(encoding="utf-8")))
     from framefit.planning.dryrun import trace
 
@@ -89,5 +93,5 @@ def _code() -> str:
 def _write(file: Path, found: Sequence[PhaseTrace]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps([asdict(phase) for phase in found]), encoding="utf-8")
+    temporary.write_text(json.dumps([phase.to_json() for phase in found]), encoding="utf-8")
     temporary.replace(file)
