@@ -176,7 +176,12 @@ def diagnose(flags: Namespace) -> None:
     from framefit.profiling.rules import RULES
 
     if flags.profile:
-        if given := [*_asked(flags), *["--layers"] * flags.layers, *["--output"] * bool(flags.output)]:
+        if given := [
+            *_asked(flags),
+            *["--layers"] * flags.layers,
+            *["--output"] * bool(flags.output),
+            *["--vram"] * bool(flags.vram),
+        ]:
             raise UsageError(f"--from reads what was measured before, and {given[0]} asks to measure: leave one out.")
         case = findings.read(flags.profile)
     else:
