@@ -155,7 +155,7 @@ def test_a_limit_is_the_budget(cpu: Device) -> None:
         Device.find("rtx-4090", vram_bytes=24 * GIB)
 
 
-@pytest.mark.parametrize("wanted", ["run -p x", "plan", "profile", "bench tiny --rows stock"])
+@pytest.mark.parametrize("wanted", ["run -p x", "plan", "profile"])
 def test_a_cpu_has_nothing_to_limit(wanted: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*wanted.split(), "--device", "cpu", "--vram", "2GiB") != 0
     assert "--vram limits the memory of a card and the device is the CPU" in capsys.readouterr().err
@@ -254,6 +254,7 @@ def test_measured_rates_come_before_the_data_sheet() -> None:
     assert (found.origin, found.unseen) == ("measured", Unseen.assumed((9, 0)))
     rates.save(RATES)
     assert rates.of(HERE) == rates.of(Device.named("h200")) == RATES
+    assert Device.named("h200").context_bytes == SEEN.context_bytes
     assert rates.of(replace(HERE, name="a card of next year")) is None
     t4 = rates.of(Device.named("t4"))
     assert t4 is not None
