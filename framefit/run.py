@@ -21,7 +21,7 @@ from framefit.families.files import fingerprint
 from framefit.ledger import Ledger, StepLog
 from framefit.pipeline import Step, load
 from framefit.plan import Plan
-from framefit.planning import check_fits
+from framefit.planning import check_fits, estimated
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
@@ -90,6 +90,10 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     checkpoint, plan = prepare(request, options)
     if checkpoint.folder is not None:  # what a folder lacks is told before what it would need
         hub.locate(checkpoint)
+    if (
+        plan.device.compute_capability
+    ):  # seconds of planning that minutes of running are worth; on a CPU they may not be
+        plan = estimated(plan, checkpoint)
     check_runs(plan)
     _check_output(plan, output, options)
     weights = fingerprint(hub.locate(checkpoint))

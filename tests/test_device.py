@@ -19,8 +19,8 @@ from framefit import cards, cli, doctor, rates, smi
 from framefit.cards import CARDS
 from framefit.device import Device
 from framefit.errors import DoesNotFit, UsageError
+from framefit.ledger.counts import Counts
 from framefit.profiling import measure, unseen
-from framefit.profiling.counts import Counts
 from framefit.rates import ATTAINED, Rates, Unseen
 from framefit.smi import Others, Smi
 

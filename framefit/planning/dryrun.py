@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -64,6 +64,7 @@ def followed(
     tally = Tally()
     way = _Way(parts, plan, live, tally)
     with ExitStack() as stack:
+        stack.enter_context(_fakeness(parts))
         stack.enter_context(_following(modules, standing, at_work, tally))
         for part in parts.components.values():
             if isinstance(part, nn.Module):
@@ -94,7 +95,7 @@ class _Way:
         family = family_of(parts.checkpoint)
         photo = Image.new("RGB", (request.width, request.height))
         last = photo if request.last_image else None
-        with self._phase("encode_text"):
+        with self._phase("encode_text"), unset_fake_temporarily():  # it asks how many tokens there are
             conditioning = family.encode_text(parts, request, lambda sentence: None)
         with self._phase("encode_image"):
             latents, image = family.encode_image(parts, request, photo, last, torch.Generator())
@@ -144,6 +145,12 @@ def _fake(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Parts, dict[str, 
                 cast(Any, part).tie_weights()
     parts.device = torch.device("cpu")
     return parts, weights, standing
+
+
+def _fakeness(parts: Parts) -> AbstractContextManager[object]:
+    """In it what the program makes itself, as noise, is fake where the weights are."""
+    first = next(_tensors(parts))
+    return first.fake_mode if isinstance(first, FakeTensor) else nullcontext()
 
 
 def _own(part: nn.Module) -> list[torch.Tensor]:
