@@ -90,11 +90,10 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     checkpoint, plan = prepare(request, options)
     if checkpoint.folder is not None:  # what a folder lacks is told before what it would need
         hub.locate(checkpoint)
-    if (
-        plan.device.compute_capability
-    ):  # seconds of planning that minutes of running are worth; on a CPU they may not be
+    plan.device.check_here()
+    if plan.device.id != "cpu":  # seconds of planning before minutes of running
         plan = estimated(plan, checkpoint)
-    check_runs(plan)
+    check_fits(plan)
     _check_output(plan, output, options)
     weights = fingerprint(hub.locate(checkpoint))
     if options.weights not in (None, weights):
