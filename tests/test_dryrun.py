@@ -55,8 +55,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("id", SMALL)
-@pytest.mark.parametrize("guidance", ["together", "apart"])
+@pytest.mark.parametrize(
+    ("id", "guidance"), [*((id, "together") for id in SMALL), ("wan2.2-i2v-a14b", "apart"), ("i2vgen-xl", "apart")]
+)
 def test_a_dry_run_holds_and_does_what_a_run_does(id: str, guidance: str, photo: Path) -> None:
     row = legal(tiny_row(id))
     plan = plan_of(row, photo, SMALL[id], precision="fp32", settings={"guidance": guidance})

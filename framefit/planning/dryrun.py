@@ -240,7 +240,7 @@ class _Last:
     shapes: Any = None
     times: int = 0
     """In a row."""
-    rise: int = 0
+    rise: Peak = field(default_factory=Peak)
     counts: Counts = field(default_factory=Counts)
     result: Any = None
     """Its tensors on the meta device."""
@@ -252,14 +252,14 @@ def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tall
     last.shapes = shapes
     counts = tally.counts
     if last.times > 2:
-        live.rose(last.rise, "a call as before")
+        live.rose(last.rise)
         counts.flops.update(last.counts.flops)
         counts.bytes.update(last.counts.bytes)
         return tree_map_only(torch.Tensor, lambda meta: torch.empty_like(meta, device="cpu"), last.result)
     before = Counts(counts.flops.copy(), counts.bytes.copy())
     with live.rise() as rise:
         result = forward(*args, **kwargs)
-    last.rise, last.counts = rise[0], Counts(counts.flops - before.flops, counts.bytes - before.bytes)
+    last.rise, last.counts = rise, Counts(counts.flops - before.flops, counts.bytes - before.bytes)
     last.result = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), result)
     return result
 
