@@ -17,10 +17,12 @@ from framefit.families import easyanimate_v5
 from framefit.families.checkpoint import Checkpoint, Component
 from framefit.request import ResolvedRequest
 
-__all__ = ["Family", "Notice", "Parts", "Tensors", "build", "load_parts", "noise"]
+__all__ = ["PRECISIONS", "Family", "Notice", "Parts", "Tensors", "build", "load_parts", "noise"]
 
 Tensors = dict[str, torch.Tensor]
 """Named conditioning. The first axis is the guidance branch, negative before positive; 1 where both share it."""
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Notice = Callable[[str], None]
 """Tells the user one sentence."""
