@@ -13,7 +13,7 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import Estimate, Guidance, Plan
+from framefit.plan import SETTINGS, Estimate, Guidance, Offload, Plan, Setting
 from framefit.request import Request, ResolvedRequest
 
 __all__ = ["choose"]
@@ -64,13 +64,14 @@ def choose(
     if request.loras:
         reasons["loras"] = "asked for; merged into the weights when they are loaded"
     precision = _precision(precision, device, reasons)
+    chosen = _settings(checkpoint, dict(settings or {}))
     return Plan(
         request=resolved,
         device=device,
         precision=precision,
-        settings=(_guidance(checkpoint, dict(settings or {})),),
+        settings=chosen,
         estimate=Estimate(
-            weights_bytes=_weights_bytes(checkpoint, BYTES[precision]), free_bytes=device.memory_free_bytes
+            weights_bytes=_weights_bytes(checkpoint, precision, chosen), free_bytes=device.memory_free_bytes
         ),
         photos=dict(photos or {}),
         reasons=reasons,
@@ -179,15 +180,31 @@ def _precision(wanted: str | None, device: Device, reasons: dict[str, str]) -> s
     return "fp16"
 
 
-def _guidance(checkpoint: Checkpoint, explicit: dict[str, str]) -> Guidance:
-    value = explicit.pop("guidance", None)
-    if explicit:
-        raise UsageError(f"setting '{next(iter(explicit))}' is unknown: the settings are guidance.")
-    if value is not None:
-        return Guidance(value=value, because="asked for")
-    reference = "together" if checkpoint.batched_guidance else "apart"
-    return Guidance(value=reference, because="as the reference pipeline runs them")
+def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting, ...]:
+    if unknown := [name for name in explicit if name not in SETTINGS]:
+        raise UsageError(f"setting '{unknown[0]}' is unknown: the settings are {', '.join(SETTINGS)}.")
+    together = "together" if checkpoint.batched_guidance else "apart"
+    usual = (
+        Guidance(value=together, because="as the reference pipeline runs them"),
+        Offload(value="none", because="weights on the device are the fastest"),
+    )
+    return tuple(
+        type(setting)(value=explicit[setting.type], because="asked for") if setting.type in explicit else setting
+        for setting in usual
+    )
 
 
-def _weights_bytes(checkpoint: Checkpoint, width: int) -> int:
-    return sum(c.params * (4 if c.keep_fp32 else width) for c in checkpoint.components)
+def _weights_bytes(checkpoint: Checkpoint, precision: str, settings: tuple[Setting, ...]) -> int:
+    """On the device at once: all, or with offloading those of the phase that needs most, as the pass packs them."""
+    (setting,) = (setting for setting in settings if isinstance(setting, Offload))
+    if setting.level == "none":
+        return sum(c.params * (4 if c.keep_fp32 else BYTES[precision]) for c in checkpoint.components)
+    import torch
+
+    from framefit.passes import offload
+    from framefit.testing import random_parts
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"))
+    offload.apply(parts, setting)
+    return max(offload.phases_bytes(parts).values())
