@@ -86,13 +86,15 @@ def hold(file: Path, taken: FramefitError) -> Callable[[], None]:
 class RunFolder:
     """One run on disk."""
 
-    def __init__(self, path: Path, plan: Plan, weights: str, output: Path, crf: int) -> None:
+    def __init__(self, path: Path, plan: Plan, weights: str, output: Path, crf: int, filed: Any = None) -> None:
+        """`filed`: the plan as an earlier version wrote it, by which its files know the run."""
         self.path = path
         self.plan = plan
         self.weights = weights
         self.output = output
         self.crf = crf
-        self._identity = _digest(plan.dumps().encode(), weights.encode())
+        plan_text = plan.dumps() if filed is None else json.dumps(filed, indent=2)
+        self._identity = _digest(plan_text.encode(), weights.encode())
         self._conditioning_saved = False
         self._lock: Callable[[], object] = lambda: None
 
@@ -140,7 +142,7 @@ class RunFolder:
         try:
             data = json.loads((path / "plan.json").read_bytes())
             plan, output = Plan.from_json(data["plan"]), Path(data["output"])
-            run = cls(path, plan, data["weights"], output, int(data["crf"]))
+            run = cls(path, plan, data["weights"], output, int(data["crf"]), data["plan"])
             run._take()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadCheckpoint(f"the plan of run {id} cannot be read ({error!r}): start the run anew.") from None

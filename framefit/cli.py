@@ -132,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     plan = _command(names, "plan", commands.plan, "show what a run would do, and why, without loading the model")
     _request_flags(plan)
     _option_flags(plan)
+    plan.add_argument("--ram", type=_bytes, metavar="SIZE", help="of the machine of a named card (default: this one's)")
 
     profile = _command(names, "profile", commands.profile, "show where a run's time and memory go, phase by phase")
     _profile_flags(profile)
@@ -157,6 +158,8 @@ def parser() -> argparse.ArgumentParser:
     sound.add_argument("--quick", action="store_true", help="leave the hashes out")
 
     doctor = _command(names, "doctor", commands.doctor, "show this machine, the models on it and runs to resume")
+    doctor.add_argument("--probe", action="store_true", help="measure the device, and file what plans need of it")
+    doctor.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     doctor.add_argument("--checkpoint-dir", metavar="DIR", type=Path, help="where step checkpoints are")
     inspect = _command(names, "inspect", commands.inspect, "show what a video file says of itself")
     inspect.add_argument("file", type=Path, metavar="FILE", help="a video, or a folder of PNGs")
@@ -196,6 +199,7 @@ def parser() -> argparse.ArgumentParser:
     )
     rerun.add_argument("-m", "--model", metavar="MODEL", help="the model, likewise")
     rerun.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    _vram_flag(rerun)
     _output_flags(rerun)
     _bench_flags(_command(names, "bench", commands.bench, "measure a model's work, technique by technique"))
     return top
@@ -227,6 +231,7 @@ def _bench_flags(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--weights", metavar="MODEL", help="random, a model id or a local folder")
     command.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    _vram_flag(command)
     command.add_argument("--repeats", type=_count, metavar="N", help="measured calls a row (default: 5, by length)")
     command.add_argument("--profile", action="store_true", help="show where the time of a call goes, too")
     command.add_argument(
@@ -264,12 +269,24 @@ def _profile_flags(command: argparse.ArgumentParser) -> None:
 def _option_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--preset", metavar="NAME", help="the model's draft, standard or quality")
     command.add_argument("--untuned", action="store_true", help="do not use what framefit tune has filed")
-    command.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    command.add_argument(
+        "--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto); to plan, also a card, as rtx-4090"
+    )
+    _vram_flag(command)
     command.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     command.add_argument(
         "--set", action="append", default=[], type=_setting, metavar="SETTING=VALUE", dest="settings",
         help="a setting of the plan, e.g. guidance=apart; wins over the derived one",
     )  # fmt: skip
+
+
+def _vram_flag(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--vram",
+        type=_bytes,
+        metavar="SIZE",
+        help="most that torch may reserve of the card, e.g. 12GiB (default: free)",
+    )
 
 
 def _output_flags(command: argparse.ArgumentParser) -> None:

@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from framefit import __version__
 from framefit.errors import DoesNotFit, FramefitError, UsageError
 from framefit.request import Lora, Request
 
@@ -86,13 +85,14 @@ def rerun(flags: Namespace) -> None:
 
 
 def plan(flags: Namespace) -> int:
-    from framefit.run import check_fits
+    from framefit.planning import check_fits, estimated
 
     checkpoint, plan = _prepared(flags)
+    plan = estimated(plan, checkpoint)
     request, reasons = plan.request, plan.reasons
     rows = [
         ("model", f"{checkpoint.id} ({checkpoint.title})", ""),
-        ("device", plan.device.name, ""),
+        ("device", plan.device.name, _budget(plan)),
         ("size", f"{request.width}x{request.height}, photo {request.fit}", reasons["size"]),
         ("frames", f"{request.num_frames} at {request.fps:g} fps", reasons["num_frames"]),
         ("steps", request.steps, reasons["steps"]),
@@ -108,13 +108,35 @@ def plan(flags: Namespace) -> int:
             f"all components resident; {plan.estimate.free_bytes / 2**30:.1f} GiB are free",
         ),
     ]
-    _finish(plan.to_json(), flags, _table(rows))
+    _finish(plan.to_json(), flags, f"{_table(rows)}\n\n{_table(_phases(plan))}")
     try:
         check_fits(plan)
     except DoesNotFit as error:  # the plan itself is the answer: it is on stdout already
         print(f"framefit: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _phases(plan: Plan) -> list[tuple[object, ...]]:
+    estimate, on_card = plan.estimate, plan.device.id != "cpu"
+    rows: list[tuple[object, ...]] = [("phase", "seconds", "card GiB" if on_card else "", "host GiB", "most of it")]
+    for phase in estimate.phases:
+        mark = " *" if phase == estimate.binding else ""
+        seconds = "-" if phase.seconds is None else f"{phase.seconds:.3g}"
+        card = f"{phase.peak_vram_bytes / 2**30:.2f}" if on_card else ""
+        most = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in list(phase.held.items())[:2])
+        rows.append((phase.name + mark, seconds, card, f"{phase.host_bytes / 2**30:.2f}", most))
+    total = "-" if estimate.seconds is None else f"{estimate.seconds:.3g}"
+    return [*rows, ("in all", total, f"{estimate.peak_bytes / 2**30:.2f}" if on_card else "", "", estimate.origin)]
+
+
+def _budget(plan: Plan) -> str:
+    device = plan.device
+    if device.id == "cpu":
+        return ""
+    free = "what is free beside CUDA's context" if device.vram_limit_bytes is None else "by --vram"
+    here = "; not a card of this machine" if device.origin == "named" else ""
+    return f"{device.budget_bytes / 2**30:.2f} GiB for the run: {free}{here}"
 
 
 def profile(flags: Namespace) -> None:
@@ -133,19 +155,19 @@ def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     from framefit.pipeline import load
     from framefit.profiling import measure, profile
     from framefit.profiling.profile import check_folder
-    from framefit.run import check_fits
+    from framefit.run import check_runs
 
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint, plan = _prepared(flags)
     hub.locate(checkpoint)
-    check_fits(plan)
+    check_runs(plan)
     check_folder(folder, overwrite=flags.overwrite)
     quiet_libraries()
     print("what this device does at best ...", file=sys.stderr)
     ceilings = measure(plan.device.id, fresh=flags.fresh_ceilings)
     print("load, then every phase four times ...", file=sys.stderr)
     ledger = Ledger(plan.device.id)
-    with _told(plan, ledger):
+    with plan.device.capped(), _told(plan, ledger):
         pipeline = load(plan, checkpoint, ledger)
         return profile(pipeline, folder, ceilings, steps=flags.profile_steps), pipeline
 
@@ -245,34 +267,11 @@ def models_verify(flags: Namespace) -> int:
 
 
 def doctor(flags: Namespace) -> None:
-    from importlib.metadata import PackageNotFoundError, version
+    from framefit.doctor import examine
 
-    from framefit.checkpoint import default_root, list_runs
-    from framefit.device import Device
-    from framefit.families import CHECKPOINTS, TINY, find, hub
-
-    versions = {}
-    for name in ("torch", "diffusers", "transformers", "av", "pillow"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "missing"
-    device = Device.detect()
-    present = [row.id for row in (find(TINY), *CHECKPOINTS.values()) if hub.is_present(row)]
-    runs = [path.name for path in list_runs(flags.checkpoint_dir or default_root())]
-    facts = {"framefit": __version__, "device": device.to_json(), "versions": versions, "models": present, "runs": runs}
-    memory = [("RAM", device.ram_free_bytes, device.ram_total_bytes)]
-    if device.vram_total_bytes:
-        memory.insert(0, ("VRAM", device.vram_free_bytes, device.vram_total_bytes))
-    rows = [
-        ("framefit", __version__),
-        *versions.items(),
-        ("device", f"{device.name} ({device.id})"),
-        *((name, f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB") for name, free, total in memory),
-        ("disk", f"{device.disk_free_bytes / 2**30:.1f} GiB free"),
-        ("models here", ", ".join(present)),
-        ("runs to resume", ", ".join(runs) or "none"),
-    ]
+    if flags.probe:
+        print("measuring this device ...", file=sys.stderr)
+    facts, rows = examine(flags.device or "auto", probe=flags.probe, runs=flags.checkpoint_dir)
     _finish(facts, flags, _table(rows))
 
 
@@ -350,7 +349,7 @@ def verify(flags: Namespace) -> int:
         raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
     options = Options(
         device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
-        use_tuned=not flags.untuned,
+        use_tuned=not flags.untuned, vram_bytes=flags.vram,
     )  # fmt: skip
     folder = flags.output or Path("outputs") / f"verify_{time.strftime('%Y%m%d-%H%M%S')}"
     verdict = verify(
@@ -422,15 +421,15 @@ def _request(flags: Namespace) -> Request:
 
 def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
     """The row and the plan of the flags; without a prompt, one that says so."""
-    from framefit.run import Options, prepare
+    from framefit.planning import prepare
 
     if flags.prompt is None:
         flags.prompt = "(no prompt)"
-    options = Options(
-        device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
-        use_tuned=not flags.untuned, checkpoints=None,
+    return prepare(
+        _request(flags), device=flags.device or "auto", preset=flags.preset, precision=flags.precision,
+        settings=dict(flags.settings), use_tuned=not flags.untuned, vram_bytes=flags.vram,
+        ram_bytes=getattr(flags, "ram", None),
     )  # fmt: skip
-    return prepare(_request(flags), options)
 
 
 def _refuse_with_resume(flags: Namespace) -> None:

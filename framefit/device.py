@@ -1,31 +1,51 @@
-"""What the machine has: the card, the memory, the disk. It knows nothing of models."""
+"""Where a model runs, or would: the card, the memory, the disk. It knows nothing of models.
+
+Device.detect("cuda")                       this machine
+Device.detect("cuda", vram_bytes=12 * GiB)  emulated: this card, and a run that may reserve no more of it
+Device.named("rtx-3060-12gb")               a card that is not here, for a plan
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from framefit.errors import UsageError
+from framefit import rates
+from framefit.cards import CARDS
+from framefit.errors import DoesNotFit, UsageError
+from framefit.rates import Unseen
 
 __all__ = ["Device"]
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+GIB = 2**30
+EXPANDING_BYTES = 20 * 2**20
+"""By which torch's expandable segments grow, past a cap too (CUDACachingAllocator, kLargeBuffer)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """One place to run on. All sizes in bytes."""
+    """One place to run on, or to plan for. All sizes in bytes."""
 
     id: str
-    """What torch calls it: "cpu" or "cuda:0"."""
+    """What torch calls it, "cpu" or "cuda:0"; of a card that is not here, its id in `framefit.cards`."""
     name: str
     compute_capability: tuple[int, int] | None
     vram_total_bytes: int
     """0 without a card."""
     vram_free_bytes: int
+    """Of the card, or unused in what this process reserves of it."""
+    vram_limit_bytes: int | None = None
+    """Most that a run may reserve, enforced by `capped`; None: what is free."""
+    vram_others_bytes: int = 0
+    """Held by other processes, at the least."""
+    context_bytes: int = 0
+    """Of what is free, for CUDA's context and kernels beside what a run reserves: as probed, or assumed."""
     ram_total_bytes: int
     """What this process may use: the control group's limit where there is one."""
     ram_free_bytes: int
@@ -33,57 +53,188 @@ class Device:
     """In the folder that temporary files go to."""
 
     @classmethod
-    def detect(cls, which: str = "auto") -> Self:
-        """Look at the machine. `which`: "auto" (a CUDA card if there is one), "cpu", "cuda" or "cuda:N"."""
-        import tempfile
+    def find(cls, which: str = "auto", *, vram_bytes: int | None = None, ram_bytes: int | None = None) -> Self:
+        """What `--device`, `--vram` and `--ram` say: a device of this machine, or a named card."""
+        if which in CARDS:
+            return cls.named(which, vram_bytes=vram_bytes, ram_bytes=ram_bytes)
+        if ram_bytes is not None:
+            raise UsageError(
+                f"--ram is for a machine that is not here, and --device {which} is of this one: leave it out."
+            )
+        return cls.detect(which, vram_bytes=vram_bytes)
 
+    @classmethod
+    def detect(cls, which: str = "auto", *, vram_bytes: int | None = None) -> Self:
+        """Look at the machine.
+
+        Args:
+            which: "auto" (a CUDA card if there is one), "cpu", "cuda" or "cuda:N".
+            vram_bytes: most that a run may reserve of the card; None: what is free.
+
+        Raises:
+            UsageError: there is no such device, or it has no memory to limit.
+            DoesNotFit: less than `vram_bytes` is free.
+        """
+        if which == "cpu" or (which == "auto" and not _cuda_is_here()):
+            found = cls(
+                id="cpu", name=_cpu_name(), compute_capability=None, vram_total_bytes=0, vram_free_bytes=0, **_host()
+            )
+            return found._limited(vram_bytes)
         import torch
 
-        total, free = _memory()
-        facts: dict[str, Any] = {
-            "ram_total_bytes": total,
-            "ram_free_bytes": free,
-            "disk_free_bytes": shutil.disk_usage(tempfile.gettempdir()).free,
-        }
-        if which == "cpu" or (which == "auto" and not torch.cuda.is_available()):
-            return cls(
-                id="cpu", name=_cpu_name(), compute_capability=None, vram_total_bytes=0, vram_free_bytes=0, **facts
-            )
+        from framefit.smi import least_of_others
+
         index = _cuda_index(which)
-        vram_free, vram_total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        free, total = torch.cuda.mem_get_info(index)
+        cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+        capability = torch.cuda.get_device_capability(index)
+        filed = rates.filed(name)
+        unseen = (filed and filed.unseen) or Unseen.assumed(capability)
         return cls(
-            id=f"cuda:{index}",
-            name=torch.cuda.get_device_name(index),
-            compute_capability=torch.cuda.get_device_capability(index),
-            vram_total_bytes=vram_total,
-            vram_free_bytes=vram_free,
-            **facts,
-        )
+            id=f"cuda:{index}", name=name, compute_capability=capability, vram_total_bytes=total,
+            vram_free_bytes=free + cached, vram_others_bytes=least_of_others(index),
+            context_bytes=unseen.kernels_bytes,  # the bare context is there since torch was asked
+            **_host(),
+        )._limited(vram_bytes)  # fmt: skip
+
+    @classmethod
+    def named(cls, id: str, *, vram_bytes: int | None = None, ram_bytes: int | None = None) -> Self:
+        """A card of `framefit.cards` with nothing else on it. Torch is not imported.
+
+        Args:
+            vram_bytes: as in `detect`.
+            ram_bytes: memory of the machine that it is in, all of it free; None: this machine's, as it is.
+
+        Raises:
+            UsageError: there is no such row.
+            DoesNotFit: the card has less than `vram_bytes`.
+        """
+        if id not in CARDS:
+            raise UsageError(f"card '{id}' is unknown: use {', '.join(CARDS)}.")
+        card, host = CARDS[id], _host()
+        context_bytes = Unseen.assumed(card.compute_capability).context_bytes
+        if ram_bytes is not None:
+            host |= {"ram_total_bytes": ram_bytes, "ram_free_bytes": ram_bytes}
+        return cls(
+            id=id, name=card.name, compute_capability=card.compute_capability, vram_total_bytes=card.vram_bytes,
+            vram_free_bytes=card.vram_bytes, context_bytes=context_bytes, **host,
+        )._limited(vram_bytes)  # fmt: skip
 
     @property
-    def memory_free_bytes(self) -> int:
-        """Where weights and activations go: the card's memory, or RAM without a card."""
-        return self.vram_free_bytes if self.id != "cpu" else self.ram_free_bytes
+    def origin(self) -> Literal["detected", "named", "emulated"]:
+        if self.id in CARDS:
+            return "named"
+        return "detected" if self.vram_limit_bytes is None else "emulated"
+
+    @property
+    def budget_bytes(self) -> int:
+        """What a run may reserve where weights and activations go: of the card, or of RAM without one."""
+        if self.id == "cpu":
+            return self.ram_free_bytes
+        if self.vram_limit_bytes is not None:
+            return self.vram_limit_bytes
+        return max(0, self.vram_free_bytes - self.context_bytes)
+
+    def check_here(self) -> None:
+        """Raises `UsageError` where nothing can run: on a card that is only named."""
+        if self.origin == "named":
+            raise UsageError(_not_here(self.id))
+
+    @contextlib.contextmanager
+    def capped(self) -> Iterator[None]:
+        """In this block torch reserves no more than the limit, and raises its out-of-memory error where it would.
+
+        Raises:
+            DoesNotFit: this process holds more than that already.
+        """
+        if self.vram_limit_bytes is None:
+            yield
+            return
+        import torch
+
+        self.check_here()
+        torch.cuda.empty_cache()
+        if (held := torch.cuda.memory_reserved(self.id)) > self.vram_limit_bytes:
+            raise DoesNotFit(
+                f"--vram is {self.vram_limit_bytes / GIB:.2f} GiB and this process holds {held / GIB:.2f} GiB of "
+                f"{self.name} already: free it, or run in a process of its own."
+            )
+        before = torch.cuda.get_per_process_memory_fraction(self.id)
+        total = torch.cuda.get_device_properties(self.id).total_memory
+        cap = self.vram_limit_bytes - (EXPANDING_BYTES if _segments_expand() else 0)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, cap) / total), self.id)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self.id)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"origin": self.origin, "budget_bytes": self.budget_bytes}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_json`; fields that an older file lacks have their defaults."""
         capability = data["compute_capability"]
-        return cls(**(data | {"compute_capability": None if capability is None else tuple(capability)}))
+        facts = {name: value for name, value in data.items() if name not in ("origin", "budget_bytes")}
+        return cls(**(facts | {"compute_capability": None if capability is None else tuple(capability)}))
+
+    def _limited(self, vram_bytes: int | None) -> Self:
+        if vram_bytes is None:
+            return self
+        if self.id == "cpu":
+            raise UsageError("--vram limits the memory of a card and the device is the CPU: leave it out.")
+        if vram_bytes <= 0:
+            raise UsageError("--vram is 0 and must be more.")
+        if vram_bytes > (most := self.budget_bytes):
+            raise DoesNotFit(
+                f"--vram is {vram_bytes / GIB:.2f} GiB and {self.name} has {most / GIB:.2f} GiB for a run "
+                f"({self.vram_free_bytes / GIB:.2f} GiB free, of which CUDA's context takes "
+                f"{self.context_bytes / GIB:.2f}): ask for no more."
+            )
+        return replace(self, vram_limit_bytes=vram_bytes)
+
+
+def _not_here(id: str) -> str:
+    return (
+        f"{id} is a card to plan for (framefit plan --device {id}) and not one of this machine: to run within its "
+        f"memory here, use --device cuda --vram {Device.named(id).budget_bytes / GIB:.2f}GiB."
+    )
+
+
+def _cuda_is_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _cuda_index(which: str) -> int:
     import torch
 
+    if which in CARDS:
+        raise UsageError(_not_here(which))
     kind, _, index = ("cuda" if which == "auto" else which).partition(":")
     if kind != "cuda" or (index and not index.isdecimal()):
-        raise UsageError(f"device '{which}' is unknown: use auto, cpu, cuda or cuda:N.")
+        raise UsageError(
+            f"device '{which}' is unknown: use auto, cpu, cuda or cuda:N; to plan, also {', '.join(CARDS)}."
+        )
     count = torch.cuda.device_count()
     if int(index or 0) >= count:
         raise UsageError(f"device '{which}' was asked for and torch sees {count} CUDA devices: use --device cpu.")
     return int(index or 0)
+
+
+def _segments_expand() -> bool:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return any("expandable_segments:true" in os.environ.get(name, "").lower() for name in names)
+
+
+def _host() -> dict[str, Any]:
+    import tempfile
+
+    total, free = _memory()
+    disk = shutil.disk_usage(tempfile.gettempdir()).free
+    return {"ram_total_bytes": total, "ram_free_bytes": free, "disk_free_bytes": disk}
 
 
 def _memory() -> tuple[int, int]:
@@ -105,7 +256,6 @@ def _memory() -> tuple[int, int]:
 
 
 def _cpu_name() -> str:
-    import os
     import platform
 
     model = platform.processor() or platform.machine()

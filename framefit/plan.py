@@ -14,7 +14,7 @@ from framefit.device import Device
 from framefit.errors import UsageError
 from framefit.request import ResolvedRequest
 
-__all__ = ["SETTINGS", "Estimate", "Guidance", "Offload", "Plan", "Setting", "Tier"]
+__all__ = ["SETTINGS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
 
 S = TypeVar("S", bound="Setting")
 
@@ -92,13 +92,65 @@ SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Off
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseEstimate:
+    """What one phase of the run will need."""
+
+    name: str
+    seconds: float | None
+    """In the whole run, at the device's rates; None where these are not known."""
+    peak_vram_bytes: int
+    """Reserved by the run on the card, when it is most; CUDA's context is beside it. 0 on the CPU."""
+    host_bytes: int
+    """Tensors in RAM, when they are most."""
+    disk_bytes: int
+    """Temporary files."""
+    held: Mapping[str, int]
+    """What is largest at the peak, by name, in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What the run will need, in bytes."""
+    """What the run will need."""
 
     weights_bytes: int
     """All components resident at the plan's precision."""
+    phases: tuple[PhaseEstimate, ...] = ()
+    """In the order of the run; empty where no dry run was made."""
+    origin: str = ""
+    """What the seconds rest on."""
     free_bytes: int
-    """What the device had free when the plan was made."""
+    """What a run may reserve where weights and activations go, when the plan was made."""
+
+    @property
+    def binding(self) -> PhaseEstimate | None:
+        """The phase that needs most of the card, or of RAM without one."""
+        return max(self.phases, key=lambda phase: phase.peak_vram_bytes or phase.host_bytes, default=None)
+
+    @property
+    def peak_bytes(self) -> int:
+        """On the card, or in RAM without one; without a dry run the weights alone."""
+        return (self.binding.peak_vram_bytes or self.binding.host_bytes) if self.binding else self.weights_bytes
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all phases whose seconds are known."""
+        known = [phase.seconds for phase in self.phases if phase.seconds is not None]
+        return sum(known) if known else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "weights_bytes": self.weights_bytes, "free_bytes": self.free_bytes, "origin": self.origin,
+            "phases": [asdict(phase) for phase in self.phases], "seconds": self.seconds,
+            "binding_phase": self.binding.name if self.binding else None,
+            "peak_vram_bytes": max((phase.peak_vram_bytes for phase in self.phases), default=None),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(
+            weights_bytes=data["weights_bytes"], free_bytes=data["free_bytes"], origin=data.get("origin", ""),
+            phases=tuple(PhaseEstimate(**phase) for phase in data.get("phases", ())),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +170,8 @@ class Plan:
 
     @property
     def feasible(self) -> bool:
-        """Whether the weights fit; activations come on top."""
-        return self.estimate.weights_bytes <= self.estimate.free_bytes
+        """Whether its largest phase fits; without a dry run, whether the weights do."""
+        return self.estimate.peak_bytes <= self.estimate.free_bytes
 
     def setting(self, kind: type[S]) -> S:
         return next(s for s in self.settings if isinstance(s, kind))
@@ -137,7 +189,7 @@ class Plan:
             "device": self.device.to_json(),
             "precision": self.precision,
             "settings": settings,
-            "estimate": asdict(self.estimate),
+            "estimate": self.estimate.to_json(),
             "photos": dict(self.photos),
             "reasons": dict(self.reasons),
         }
@@ -151,7 +203,7 @@ class Plan:
             device=Device.from_json(data["device"]),
             precision=data["precision"],
             settings=settings,
-            estimate=Estimate(**data["estimate"]),
+            estimate=Estimate.from_json(data["estimate"]),
             photos=data["photos"],
             reasons=data["reasons"],
         )

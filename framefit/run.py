@@ -12,20 +12,20 @@ from pathlib import Path
 
 import torch
 
-from framefit import photo, recipe, tuned, video
+from framefit import photo, planning, recipe, video
 from framefit.checkpoint import RunFolder, State, Writer, default_root
 from framefit.device import Device
 from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, DoesNotFit, FramefitError, UsageError
-from framefit.families import Checkpoint, find, hub, lora
+from framefit.families import Checkpoint, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger, StepLog
 from framefit.pipeline import Step, load
 from framefit.plan import Plan
-from framefit.planning import choose
+from framefit.planning import check_fits
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
-__all__ = ["Options", "check_fits", "generate", "prepare", "resume", "translated"]
+__all__ = ["Options", "check_fits", "check_runs", "generate", "prepare", "resume", "translated"]
 
 
 DEFAULT_CRF = 18
@@ -36,7 +36,11 @@ class Options:
     """How to run, apart from what to make."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
+    """auto, cpu, cuda or cuda:N; to plan, also a card of `framefit.cards`"""
+    vram_bytes: int | None = None
+    """Most that the run may reserve of a card, which is enforced; None: what is free."""
+    ram_bytes: int | None = None
+    """Memory of the machine that a card of `framefit.cards` is in; None: this machine's."""
     precision: str | None = None
     """bf16, fp16 or fp32; None: what the device computes best"""
     preset: str | None = None
@@ -69,40 +73,11 @@ class Options:
 
 
 def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
-    """The model's row and the plan; no weight is read. Paths become absolute: a run may be resumed from elsewhere."""
-    checkpoint = find(request.model)
-    last_image = None if request.last_image is None else request.last_image.absolute()
-    request = replace(request, image=request.image.absolute(), last_image=last_image)
-    if checkpoint.folder is not None and not checkpoint.bundled:
-        request = replace(request, model=str(checkpoint.folder))
-    named = {"image": request.image, "last_image": request.last_image}
-    paths = {name: path for name, path in named.items() if path is not None}
-    sizes = {name: photo.load(path).size for name, path in paths.items()}
-    request = replace(request, loras=lora.check(request.loras, checkpoint))
-    plan = choose(
-        request,
-        checkpoint,
-        Device.detect(options.device),
-        photo_size=sizes["image"],
-        photos={name: photo.sha256(path) for name, path in paths.items()},
-        preset=options.preset,
-        settings=options.settings,
-        precision=options.precision,
-    )
-    return checkpoint, _tuned(plan, options.settings) if options.use_tuned else plan
-
-
-def _tuned(plan: Plan, explicit: Mapping[str, str]) -> Plan:
-    """With the settings that a search has filed for this device in place of those that nobody asked for."""
-    if (found := tuned.find(plan)) is None:
-        return plan
-    settings = tuple(
-        type(s)(value=found.settings[s.type], because=found.because)
-        if s.type in found.settings and s.type not in explicit
-        else s
-        for s in plan.settings
-    )
-    return replace(plan, settings=settings)
+    """`planning.prepare` with what `options` say of it."""
+    return planning.prepare(
+        request, device=options.device, vram_bytes=options.vram_bytes, ram_bytes=options.ram_bytes,
+        preset=options.preset, settings=options.settings, precision=options.precision, use_tuned=options.use_tuned,
+    )  # fmt: skip
 
 
 def generate(request: Request, output: Path, options: Options | None = None) -> Report:
@@ -115,7 +90,7 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     checkpoint, plan = prepare(request, options)
     if checkpoint.folder is not None:  # what a folder lacks is told before what it would need
         hub.locate(checkpoint)
-    check_fits(plan)
+    check_runs(plan)
     _check_output(plan, output, options)
     weights = fingerprint(hub.locate(checkpoint))
     if options.weights not in (None, weights):
@@ -135,7 +110,8 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
 
     Args:
         output: where the video goes; None: where the run was to put it.
-        options: of these only the device (auto: the run's own), the output's, the checkpoints' and the listeners count.
+        options: of these only the device (auto: the run's own, with its limit), the limit, the output's, the
+            checkpoints' and the listeners count.
         restart: begin again from step 0, whatever the checkpoint holds.
 
     Raises:
@@ -144,8 +120,7 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
     with RunFolder.open((options.checkpoints or default_root()).absolute(), id) as run:
         output = output or run.output
         checkpoint = find(run.plan.request.model)
-        device = Device.detect(run.plan.device.id if options.device == "auto" else options.device)
-        plan = replace(run.plan, device=device)
+        plan = replace(run.plan, device=_device_to_resume_on(run.plan, options))
         weights = fingerprint(hub.locate(checkpoint))
         _check_output(plan, output, options)
         _check_loras(plan)
@@ -163,14 +138,16 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
         return _execute(checkpoint, plan, weights, output, options, run, state)
 
 
-def check_fits(plan: Plan) -> None:
-    """Raises `DoesNotFit` where the plan is not feasible."""
-    if not plan.feasible:
-        need, free = plan.estimate.weights_bytes / 2**30, plan.estimate.free_bytes / 2**30
-        raise DoesNotFit(
-            f"{plan.request.model} needs {need:.1f} GiB for its weights in {plan.precision} and {plan.device.name} has "
-            f"{free:.1f} GiB free: use a smaller model (framefit models ls) or a larger device."
-        )
+def _device_to_resume_on(plan: Plan, options: Options) -> Device:
+    if options.device == "auto":
+        return Device.detect(plan.device.id, vram_bytes=options.vram_bytes or plan.device.vram_limit_bytes)
+    return Device.detect(options.device, vram_bytes=options.vram_bytes)
+
+
+def check_runs(plan: Plan) -> None:
+    """Raises `UsageError` where the plan's card is not of this machine, `DoesNotFit` where the plan is not feasible."""
+    plan.device.check_here()
+    check_fits(plan)
 
 
 def _execute(
@@ -190,7 +167,7 @@ def _execute(
     writer = _writer(run, plan.request.steps, options) if run else None
     crf = options.crf if options.crf is not None else run.crf if run else DEFAULT_CRF
     try:
-        with _finishing(writer):
+        with plan.device.capped(), _finishing(writer):
             pipeline = load(plan, checkpoint, ledger)
             frames = pipeline.run(
                 state=state, on_step=_listening(plan, options), save=writer, cancelled=options.cancelled
@@ -285,12 +262,18 @@ def translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
     # torch raises a plain RuntimeError where the CPU's allocator fails
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return DoesNotFit(
-            f"{plan.device.name} ran out of memory in the phase {phase} at {request.width}x{request.height}, "
+            f"{_memory(plan)} in the phase {phase} at {request.width}x{request.height}, "
             f"{request.num_frames} frames: ask for a smaller --size or fewer --frames."
         )
     logging.getLogger("framefit").debug("unexpected error", exc_info=error)
     reason = " ".join(str(error).split()) or "no reason given"
     return FramefitError(f"the phase {phase} failed ({type(error).__name__}: {reason}).")
+
+
+def _memory(plan: Plan) -> str:
+    if plan.device.vram_limit_bytes is None:
+        return f"{plan.device.name} ran out of memory"
+    return f"the {plan.device.vram_limit_bytes / 2**30:.2f} GiB of --vram ran out"
 
 
 def _check_photos(plan: Plan) -> None:

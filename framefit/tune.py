@@ -27,7 +27,7 @@ from framefit.families import Checkpoint, hub
 from framefit.families.files import fingerprint
 from framefit.plan import SETTINGS, Plan, Tier
 from framefit.request import Request
-from framefit.run import Options, check_fits, generate, prepare
+from framefit.run import Options, check_runs, generate, prepare
 from framefit.tuned import Tuned
 from framefit.verify import GATES, TIERS, judge, tier_of
 
@@ -88,7 +88,7 @@ def tune(
     request = replace(request, steps=request.steps or DEFAULT_STEPS, seed=0 if request.seed is None else request.seed)
     facts = {"device": options.device, "precision": options.precision, "checkpoints": None, "use_tuned": False}
     checkpoint, untouched = prepare(request, Options(**facts))  # type: ignore[arg-type]
-    check_fits(untouched)
+    check_runs(untouched)
     if untouched.request.steps < (least := 2 * len(checkpoint.experts)):
         raise UsageError(
             f"a trial of {untouched.request.steps} steps measures cold starts: ask for --steps {least} or more."

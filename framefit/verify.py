@@ -24,7 +24,7 @@ from framefit.errors import BadOutput
 from framefit.plan import Plan, Tier
 from framefit.quality import Comparison, sheet
 from framefit.request import Request
-from framefit.run import Options, check_fits, generate, prepare
+from framefit.run import Options, check_runs, generate, prepare
 
 __all__ = ["GATES", "TIERS", "Check", "Verdict", "judge", "tier_of", "verify"]
 
@@ -100,7 +100,7 @@ def verify(
     """Run both, and write `folder`: verdict.html, verdict.json, plan.mp4, reference.mp4 and metrics.png.
 
     Args:
-        options: of the plan; the reference has only its device.
+        options: of the plan; the reference has only its device, without a limit on its memory.
 
     Raises:
         BadOutput: the folder exists and is not empty, and `overwrite` is false.
@@ -114,7 +114,7 @@ def verify(
 
         load_network(lpips_weights)
     plan = prepare(request, options)[1]
-    check_fits(plan)
+    check_runs(plan)
     request = replace(request, seed=plan.request.seed)
     untouched: dict[str, Any] = {
         "device": options.device,
@@ -123,7 +123,8 @@ def verify(
         "use_tuned": False,
     }
     changed = untouched | {
-        "precision": options.precision, "settings": dict(options.settings), "use_tuned": options.use_tuned
+        "precision": options.precision, "settings": dict(options.settings), "use_tuned": options.use_tuned,
+        "vram_bytes": options.vram_bytes,
     }  # fmt: skip
     reference = prepare(request, Options(**untouched))[1]
     scratch = folder.with_name(f".framefit-{secrets.token_hex(8)}.partial")

@@ -20,14 +20,14 @@ PACKAGE = Path(framefit.__file__).parent
 ROOT = PACKAGE.parent
 
 RANKS = (
-    {"errors", "request", "device", "plan", "photo", "marks", "video", "report"},
+    {"errors", "request", "device", "cards", "rates", "smi", "plan", "photo", "marks", "video", "report"},
     {"families", "ledger", "apart", "checkpoint", "schedule", "quality", "tuned"},
     {"passes", "testing"},
     {"planning"},
     {"pipeline"},
     {"run", "recipe", "profiling"},
     {"verify", "tune", "bench"},
-    {"cli", "commands", "progress", "__main__"},
+    {"cli", "commands", "doctor", "progress", "__main__"},
 )
 """Room -> rank by position. A room imports rooms of a lower rank, and inside itself."""
 
@@ -40,7 +40,7 @@ WITHIN = {
     **dict.fromkeys(("verify", "tune"), "proof"),
     # a search is filed beside the runs
     **dict.fromkeys(("checkpoint", "tuned"), "state"),
-    # the command line is one room in three files
+    # the command line is one room
     **dict.fromkeys(RANKS[-1], "cli"),
 }
 

@@ -29,17 +29,19 @@ from framefit.families.parts import Parts
 from framefit.ledger.kinds import KINDS
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
-from framefit.profiling import Breakdown, Ceilings, Cost, breakdown, profile
+from framefit.profiling import Breakdown, Cost, breakdown, profile
 from framefit.profiling.breakdown import Kernel
 from framefit.profiling.findings import PARTS, Case, Finding, diagnose, parts, read, tree
 from framefit.profiling.layers import Loss, losses
 from framefit.profiling.profile import PhaseProfile
 from framefit.profiling.rules import RULES
 from framefit.profiling.stalls import Stalls
-from framefit.profiling.surroundings import Card, Sample, Surroundings, Watch, held_down, throttled_s
+from framefit.profiling.surroundings import Surroundings, Watch, held_down, throttled_s
+from framefit.rates import Rates
+from framefit.smi import Sample, Smi
 
 ROOT = Path(__file__).parents[1]
-RATES = Ceilings(
+RATES = Rates(
     device="a test", torch="any",
     tflops={kind: {"fp32": 0.1, "bf16": 0.01} for kind in ("matmul", "attention", "convolution")},
     memory_gb_per_s=20.0, host_to_device_gb_per_s=None, device_to_host_gb_per_s=None,
@@ -383,7 +385,7 @@ def test_a_card_that_holds_its_clocks_down(tmp_path: Path) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(NVIDIA_SMI)
     program.chmod(0o755)
-    card = Card(str(program), "GPU-0")
+    card = Smi(str(program), "GPU-0")
     assert card.utilisation() == 0.37
     sample = card.sample()
     assert sample == Sample(clock=pytest.approx(1290 / 1980), reasons=0x44)
@@ -398,7 +400,7 @@ def test_a_card_that_holds_its_clocks_down(tmp_path: Path) -> None:
     assert held_down([Sample(clock=0.1, reasons=1)]) == {}
     program.write_text("#!/bin/sh\necho '[N/A], [N/A], [N/A]'\n")
     assert card.sample() is None
-    assert Card(str(tmp_path / "none"), "GPU-0").utilisation() is None
+    assert Smi(str(tmp_path / "none"), "GPU-0").utilisation() is None
 
 
 def test_short_phases_are_left_alone_and_gains_are_of_a_run() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from framefit.checkpoint import State
-from framefit.errors import UsageError
 from framefit.families import CHECKPOINTS, Checkpoint
 from framefit.families.parts import Parts, load_parts
-from framefit.ledger import transfer
-from framefit.ledger.transfer import Room, Slab, Transfer
-from framefit.passes import apply_all, offload
+from framefit.ledger.transfer import Slab
+from framefit.passes import apply_all
 from framefit.pipeline import Pipeline
 from framefit.plan import Offload, Plan
 

@@ -186,7 +186,7 @@ def test_the_cpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device.detect("cpu")
     assert (device.id, device.vram_total_bytes, device.compute_capability) == ("cpu", 0, None)
     assert 0 < device.ram_free_bytes <= device.ram_total_bytes
-    assert device.memory_free_bytes == device.ram_free_bytes
+    assert device.budget_bytes == device.ram_free_bytes
     assert Device.from_json(json.loads(json.dumps(device.to_json()))) == device
     assert Device.from_json(json.loads(json.dumps(CARD.to_json()))) == CARD
 

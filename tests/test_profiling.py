@@ -27,13 +27,14 @@ from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.kinds import direction, kernel_kind, kind_of, op_kind
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
-from framefit.profiling import Ceilings, breakdown, flame, measure, profile
+from framefit.profiling import breakdown, flame, measure, profile
 from framefit.profiling.breakdown import summarise
 from framefit.profiling.modules import named
 from framefit.profiling.profile import check_folder
 from framefit.profiling.trace import Work, busy_s, record, works
+from framefit.rates import Rates
 
-FLAT = Ceilings(
+FLAT = Rates(
     device="a test", torch="any",
     tflops={kind: {"fp32": 1.0} for kind in ("matmul", "attention", "convolution")},
     memory_gb_per_s=10.0, host_to_device_gb_per_s=20.0, device_to_host_gb_per_s=5.0,
@@ -153,8 +154,8 @@ def test_a_call_of_known_composition_comes_apart_as_it_was_made() -> None:
     mixture()
     found = breakdown(mixture, "cpu", ceilings=FLAT)
     kinds, took = found.kinds, mixture.took[2]  # warm, plain, profiled, counted
-    assert kinds["matmul"].seconds == pytest.approx(took["matmul"], rel=0.3)
-    assert kinds["elementwise"].seconds == pytest.approx(took["elementwise"], rel=0.3)
+    for kind in ("matmul", "elementwise"):  # a busy machine takes its time between operators, too
+        assert 0.3 * took[kind] < kinds[kind].seconds < 1.05 * took[kind]
     assert 0.05 <= found.idle_s == pytest.approx(found.wall_s - sum(cost.seconds for cost in kinds.values()), rel=0.01)
     assert found.wall_s == pytest.approx(sum(took.values()), rel=0.2)
     assert found.plain_s == pytest.approx(sum(mixture.took[1].values()), rel=0.2)
@@ -325,7 +326,7 @@ def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ceilings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick_ceilings(monkeypatch)
-    file = tmp_path / "state" / "ceilings.json"
+    file = tmp_path / "state" / "rates.json"
     first = measure("cpu", file=file)
     assert min(rate for rates in first.tflops.values() for rate in rates.values()) > 0
     assert first.memory_gb_per_s > 0

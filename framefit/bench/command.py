@@ -70,8 +70,8 @@ def _one(scenario: Scenario, rows: list[variants.Variant] | None, flags: Namespa
     say(f"{scenario.name}: {scenario.title}")
     try:
         result = measure(
-            scenario, variants=rows, device=flags.device or "auto", weights=flags.weights, repeats=flags.repeats,
-            profile=flags.profile, on_row=lambda row: say(f"  {report.line(row)}"),
+            scenario, variants=rows, device=flags.device or "auto", vram_bytes=flags.vram, weights=flags.weights,
+            repeats=flags.repeats, profile=flags.profile, on_row=lambda row: say(f"  {report.line(row)}"),
         )  # fmt: skip
     except FramefitError as error:
         say(f"  {scenario.name} was not measured: {error}")

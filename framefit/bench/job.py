@@ -18,6 +18,8 @@ class Job:
     scenario: Scenario
     variant: Variant
     device: str = "auto"
+    vram_bytes: int | None = None
+    """Most that may be reserved of a card; None: what is free."""
     weights: str
     """"random", or a model id or folder; see `Scenario.checkpoint`."""
     repeats: int | None = None

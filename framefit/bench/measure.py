@@ -29,6 +29,7 @@ def measure(
     *,
     variants: Sequence[Variant] | None = None,
     device: str = "auto",
+    vram_bytes: int | None = None,
     weights: str | None = None,
     repeats: int | None = None,
     profile: bool = False,
@@ -39,6 +40,7 @@ def measure(
     Args:
         variants: which rows; None: stock, framefit, every further setting, cache-dit.
         device: auto, cpu, cuda or cuda:N.
+        vram_bytes: most that each row may reserve of a card; None: what is free.
         weights: "random", or a model id or folder; None: the scenario's own.
         repeats: measured calls a row; None: five, more where they are short, fewer where they are long.
         profile: whether one more call of each row is broken down by kind of work.
@@ -54,7 +56,8 @@ def measure(
         reference = Path(scratch) / "stock.pt"
         for variant in _order(scenario, variants, lambda: told.get("plan", {})):
             job = Job(
-                scenario=scenario, variant=variant, device=device, weights=weights, repeats=repeats, profile=profile
+                scenario=scenario, variant=variant, device=device, vram_bytes=vram_bytes, weights=weights,
+                repeats=repeats, profile=profile,
             )  # fmt: skip
             if reference.exists():
                 job = replace(job, reference=str(reference))

@@ -79,9 +79,10 @@ def perform(job: Job) -> dict[str, Any]:
     reply: dict[str, Any] = {}
     try:
         checkpoint = job.scenario.checkpoint(job.weights)
-        plan = _plan(job, job.scenario.needed(checkpoint), Device.detect(job.device))
+        plan = _plan(job, job.scenario.needed(checkpoint), Device.detect(job.device, vram_bytes=job.vram_bytes))
         reply = {"plan": {s.type: s.value for s in plan.settings}, "facts": _facts(plan)}
-        row = _measure(job, checkpoint, plan)
+        with plan.device.capped():
+            row = _measure(job, checkpoint, plan)
     except UsageError as error:  # a setting that the plan refuses here
         row = Row(name=job.variant.name, status="left out" if job.variant.settings else "failed", because=str(error))
     except Exception as error:
@@ -259,9 +260,10 @@ def _tensor(output: Any) -> torch.Tensor:
 def _facts(plan: Plan) -> dict[str, Any]:
     """What the whole result says of machine and programs; the machine's ceilings are measured where none are filed."""
     matmul = ceilings.measure(plan.device.id).tflops["matmul"].get(plan.precision)
+    limit = plan.device.vram_limit_bytes
     return {
         "ceiling_flops": None if matmul is None else matmul * 1e12,
-        "hardware": plan.device.name,
+        "hardware": plan.device.name if limit is None else f"{plan.device.name}, {limit / 2**30:.2f} GiB of it",
         "threads": torch.get_num_threads() if plan.device.id == "cpu" else None,
         "precision": plan.precision,
         "versions": {"framefit": __version__, "torch": torch.__version__, "diffusers": version("diffusers")},

@@ -26,6 +26,8 @@ __all__ = ["Counts", "Tally", "count"]
 
 aten = torch.ops.aten
 
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
@@ -67,15 +69,15 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._open.pop()
 
+    def move(self, way: str, bytes: int) -> None:
+        """Book what no operator of the program moves: weights that come from outside."""
+        self.phases.setdefault(self._open[-1], Counts()).bytes[way] += self.times * bytes
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func.namespace != "prim" and func._overloadpacket not in FORMULAS
-        ):  # in inference mode composites arrive whole
+        if func._overloadpacket not in FORMULAS and _composite(func):  # in inference mode they arrive whole
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func._op_dk(COMPOSITE, *args, **kwargs)
         result = func(*args, **kwargs)
         counts = self.phases.setdefault(self._open[-1], Counts())
         kind = "attention" if self.in_attention else op_kind(func._schema.name) or "elementwise"
@@ -115,6 +117,13 @@ class _AttentionMarks(TorchFunctionMode):
             self._tally.in_attention -= inside
 
 
+def _composite(func: Any) -> bool:
+    """Whether it is made of other operators, in C++; torch's decompositions in Python are not what runs."""
+    if func.namespace == "prim":  # a question about a fake tensor
+        return False
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE))
+
+
 def _precision(args: Any) -> str:
     first = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
     return DTYPES.get(first.dtype, str(first.dtype).removeprefix("torch."))
@@ -144,7 +153,7 @@ def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
     with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse tensors and the like have no storage
-        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
     return False
 
 

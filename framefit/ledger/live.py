@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["Held", "Live", "Peak", "block_bytes"]
 
+Workspace = Callable[[Any, Any, Any], int]
+"""(operator, its arguments, its result) -> bytes that it needs beside these while it runs."""
+
 BLOCK = 512
 """Bytes: kMinBlockSize in c10/cuda/CUDACachingAllocator.h."""
 
@@ -47,12 +50,14 @@ class Peak:
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows what runs inside it."""
 
-    def __init__(self, known: Iterable[torch.Tensor], module: Callable[[], str] = str) -> None:
+    def __init__(
+        self, known: Iterable[torch.Tensor], module: Callable[[], str] = str, workspace: Workspace = lambda *_: 0
+    ) -> None:
         """`known` are there from outside and not counted; `module` says who is at work."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.phases: dict[str, Peak] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._module = module
+        self._module, self._workspace = module, workspace
         self._alive: dict[int, tuple[Held, Any]] = {}
         self._bytes = 0
         self._peak = Peak()
@@ -72,6 +77,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._meet(leaf, func)
+        if extra := self._workspace(func, args, result):
+            self._look(self._held(extra, f"workspace of {_name(func)}", result))
         return result
 
     def _meet(self, tensor: torch.Tensor, func: Any) -> None:
@@ -79,10 +86,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._known or key in self._alive:
             return
-        held = Held(
-            block_bytes(storage.nbytes()), func._schema.name.removeprefix("aten::"), tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."), self._module(),
-        )  # fmt: skip
+        held = self._held(storage.nbytes(), _name(func), tensor)
         self._alive[key] = held, weakref.ref(storage, lambda _: self._lose(key))
         self._bytes += held.bytes
         self._look()
@@ -91,9 +95,20 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held, _ = self._alive.pop(key)
         self._bytes -= held.bytes
 
-    def _look(self) -> None:
-        if self._bytes > self._peak.bytes:
-            self._peak.bytes, self._peak.held = self._bytes, [held for held, _ in self._alive.values()]
+    def _held(self, bytes: int, operator: str, tensor: torch.Tensor) -> Held:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return Held(block_bytes(bytes), operator, tuple(tensor.shape), dtype, self._module())
+
+    def _look(self, *passing: Held) -> None:
+        """Whether this is the most so far; `passing` are gone when the operator is done."""
+        bytes = self._bytes + sum(held.bytes for held in passing)
+        if bytes > self._peak.bytes:
+            self._peak.bytes, self._peak.held = bytes, [*(held for held, _ in self._alive.values()), *passing]
+
+
+def _name(func: Any) -> str:
+    name: str = func._schema.name
+    return name.removeprefix("aten::")
 
 
 def block_bytes(bytes: int) -> int:

@@ -12,7 +12,7 @@ What is computed, and on which bits, is the same. Streaming follows diffusers' g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,12 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from framefit.errors import UsageError
-from framefit.families.parts import IMAGE_ENCODERS, TEXT_ENCODERS, Parts
+from framefit.families.parts import TEXT_ENCODERS, Parts
 from framefit.ledger.transfer import Room, Slab, Transfer, transfer_for
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
 
-__all__ = ["Component", "Offloaded", "apply", "phases_bytes", "placed"]
+__all__ = ["Component", "Offloaded", "apply", "placed"]
 
 EMBEDDING = "framefit.offload.embedding"
 
@@ -50,17 +50,6 @@ def apply(parts: Parts, setting: Offload) -> None:
 def placed(parts: Parts) -> Offloaded | None:
     """What this pass did to `parts`."""
     return parts.placement if isinstance(parts.placement, Offloaded) else None
-
-
-def phases_bytes(parts: Parts) -> dict[str, int]:
-    """Phase -> bytes of weights on the device."""
-    components = parts.placement.components if isinstance(parts.placement, Offloaded) else {}
-    phases = {"encode_text": TEXT_ENCODERS, "encode_image": IMAGE_ENCODERS, "decode": ("vae",)}
-    phases |= {f"denoise:{expert}": (expert,) for expert in parts.checkpoint.experts}
-    return {
-        phase: sum(components[name].device_bytes for name in names if name in components)
-        for phase, names in phases.items()
-    }
 
 
 class Offloaded:
@@ -222,11 +211,10 @@ def _leaves(model: nn.Module) -> list[nn.Module]:
 
 def _token_tables(model: nn.Module) -> tuple[nn.Embedding, ...]:
     """Every module that looks tokens up; several can share a table."""
-    found: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if not isinstance(found, nn.Embedding):
-        return ()
+    ask: Callable[[], Any] = getattr(model, "get_input_embeddings", lambda: None)
+    found = ask()
     same = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    return tuple(module for module in same if module.weight is found.weight)
+    return tuple(module for module in same if isinstance(found, nn.Embedding) and module.weight is found.weight)
 
 
 def _shared(modules: Sequence[nn.Module]) -> set[int]:

@@ -64,15 +64,12 @@ def choose(
     if request.loras:
         reasons["loras"] = "asked for; merged into the weights when they are loaded"
     precision = _precision(precision, device, reasons)
-    chosen = _settings(checkpoint, dict(settings or {}))
     return Plan(
         request=resolved,
         device=device,
         precision=precision,
-        settings=chosen,
-        estimate=Estimate(
-            weights_bytes=_weights_bytes(checkpoint, precision, chosen), free_bytes=device.memory_free_bytes
-        ),
+        settings=_settings(checkpoint, dict(settings or {})),
+        estimate=Estimate(weights_bytes=_weights_bytes(checkpoint, BYTES[precision]), free_bytes=device.budget_bytes),
         photos=dict(photos or {}),
         reasons=reasons,
     )
@@ -194,17 +191,5 @@ def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting
     )
 
 
-def _weights_bytes(checkpoint: Checkpoint, precision: str, settings: tuple[Setting, ...]) -> int:
-    """On the device at once: all, or with offloading those of the phase that needs most, as the pass packs them."""
-    (setting,) = (setting for setting in settings if isinstance(setting, Offload))
-    if setting.level == "none":
-        return sum(c.params * (4 if c.keep_fp32 else BYTES[precision]) for c in checkpoint.components)
-    import torch
-
-    from framefit.passes import offload
-    from framefit.testing import random_parts
-
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"))
-    offload.apply(parts, setting)
-    return max(offload.phases_bytes(parts).values())
+def _weights_bytes(checkpoint: Checkpoint, width: int) -> int:
+    return sum(c.params * (4 if c.keep_fp32 else width) for c in checkpoint.components)

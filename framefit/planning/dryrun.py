@@ -7,9 +7,10 @@ all that follow. What fake tensors cannot see (a convolution's workspace, what t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, cast
 
@@ -20,53 +21,59 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from framefit.families import Checkpoint, family_of
-from framefit.families.parts import Parts
+from framefit.families.parts import IMAGE_ENCODERS, TEXT_ENCODERS, Parts
 from framefit.ledger.counts import Counts, Tally, count
-from framefit.ledger.live import Held, Live, Peak, block_bytes
+from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
-from framefit.plan import Plan
+from framefit.plan import Offload, Plan
+from framefit.planning.placed import Placed, placed, streamed
+from framefit.planning.traces import PhaseTrace
 from framefit.testing import random_parts
 
-__all__ = ["PhaseTrace", "trace"]
+__all__ = ["followed", "trace"]
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution, torch.ops.aten.cudnn_convolution}
 FEW = 3
 """Equal blocks up to which all of them are traced."""
 LARGEST = 8
 """Storages at the peak that are named."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PhaseTrace:
-    """One phase; of denoising one step."""
-
-    name: str
-    weights_bytes: Mapping[str, int]
-    """Component -> bytes of its parameters and buffers on the device."""
-    peak_bytes: int
-    """Of everything else, when it is most."""
-    held: tuple[Held, ...]
-    """The largest at that moment."""
-    counts: Counts
-
-
 def trace(plan: Plan, checkpoint: Checkpoint) -> tuple[PhaseTrace, ...]:
     """The phases of `plan` in the order of a run, from encode_text to decode; a few seconds."""
-    parts, weights, standing = _parts(checkpoint, PRECISIONS[plan.precision])
-    parts = apply_all(parts, plan)
+    # where some blocks stay and some stream, no block stands for another
+    whole = checkpoint.experts if any(isinstance(s, Offload) and s.kept for s in plan.settings) else ()
+    parts, weights, standing = _fake(checkpoint, PRECISIONS[plan.precision], whole)
+    return followed(apply_all(parts, plan), plan, weights, standing)
+
+
+def followed(
+    parts: Parts, plan: Plan, weights: Mapping[str, int], standing: Mapping[nn.Module, int]
+) -> tuple[PhaseTrace, ...]:
+    """What `parts`, fake or real, hold and do on the way through the phases.
+
+    Args:
+        weights: component -> bytes of its weights.
+        standing: block -> how many equal blocks it stands for.
+    """
     modules = {module: name for name, part in parts.components.items() for module, name in _named(name, part)}
     at_work: list[str] = []
-    live = Live(_tensors(parts), module=lambda: at_work[-1] if at_work else "")
+    workspace = _cudnn if plan.device.id != "cpu" else lambda *_: 0
+    live = Live(_tensors(parts), lambda: at_work[-1] if at_work else "", workspace)
     tally = Tally()
     way = _Way(parts, plan, live, tally)
     with ExitStack() as stack:
-        stack.enter_context(_following(modules, standing, at_work, tally))
+        stack.enter_context(_following(modules, standing, at_work, tally, streamed(parts)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
         count(way.go, tally)
-    return tuple(_phase(name, weights, peak, tally.phases.get(name, Counts())) for name, peak in live.phases.items())
+    return tuple(
+        _phase(name, placed(parts, weights, standing, way.used[name]), peak, tally.phases.get(name, Counts()))
+        for name, peak in live.phases.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +84,14 @@ class _Way:
     plan: Plan
     live: Live
     tally: Tally
+    used: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Phase -> the components that it needs."""
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _phase(self, name: str, *needs: str) -> Iterator[None]:
+        self.used[name] = needs
         with self.live.phase(name), self.tally.phase(name):
+            self.parts.use(*needs)
             yield
 
     def go(self) -> None:
@@ -88,9 +99,9 @@ class _Way:
         family = family_of(parts.checkpoint)
         photo = Image.new("RGB", (request.width, request.height))
         last = photo if request.last_image else None
-        with self._phase("encode_text"):
+        with self._phase("encode_text", *TEXT_ENCODERS):
             conditioning = family.encode_text(parts, request, lambda sentence: None)
-        with self._phase("encode_image"):
+        with self._phase("encode_image", *IMAGE_ENCODERS):
             latents, image = family.encode_image(parts, request, photo, last, torch.Generator())
         conditioning = {name: tensor.contiguous() for name, tensor in (conditioning | image).items()}
         for expert, scale in zip(parts.checkpoint.experts, request.guidance, strict=True):
@@ -98,11 +109,19 @@ class _Way:
             def forward(branches: slice, expert: str = expert) -> torch.Tensor:
                 return family.predict(parts, expert, latents, torch.tensor(900.0), conditioning, branches).float()
 
-            with self._phase(f"denoise:{expert}"):
+            with self._phase(f"denoise:{expert}", expert):
                 guided(parts, forward, scale)
-        with self._phase("decode"):
+        with self._phase("decode", "vae"):
             for chunk in family.decode(parts, family.settle(latents, conditioning)):
                 del chunk
+
+
+def _cudnn(func: Any, args: Any, result: Any) -> int:
+    """cuDNN's fast kernels are channels-last: of channels-first input and output it makes copies.
+
+    Within 2 % of what encoders and decoders took beyond their tensors on an H200 (LOG, dry run).
+    """
+    return int(args[0].nbytes + result.nbytes) if func._overloadpacket in CONVOLUTIONS else 0
 
 
 class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -114,8 +133,10 @@ class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _parts(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
-    """Fake parts, the bytes of the weights of each, and for which blocks one stands for how many."""
+def _fake(
+    checkpoint: Checkpoint, dtype: torch.dtype, whole: Sequence[str] = ()
+) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
+    """Fake parts, the bytes of the weights of each, and for which blocks one stands for how many; `whole` have all."""
     parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"))
     weights: dict[str, int] = {}
     standing: dict[nn.Module, int] = {}
@@ -124,7 +145,7 @@ def _parts(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Parts, dict[str,
             if not isinstance(part, nn.Module):
                 continue
             weights[name] = sum(block_bytes(t.nbytes) for t in _own(part))
-            standing |= _shortened(part)
+            standing |= {} if name in whole else _shortened(part)
             part.to_empty(device="cpu")
             if checkpoint[name].package == "transformers":
                 cast(Any, part).tie_weights()
@@ -173,13 +194,16 @@ def _named(name: str, part: Any) -> Iterator[tuple[nn.Module, str]]:
 
 @contextmanager
 def _following(
-    modules: Mapping[nn.Module, str], standing: Mapping[nn.Module, int], at_work: list[str], tally: Tally
-) -> Iterator[None]:
+    modules: Mapping[nn.Module, str], standing: Mapping[nn.Module, int], at_work: list[str], tally: Tally,
+    streamed: Mapping[nn.Module, int],
+) -> Iterator[None]:  # fmt: skip
     """Keep `at_work` the path of the module that computes, and count what stands for several."""
 
     def enter(module: nn.Module, args: Any) -> None:
         at_work.append(modules.get(module, at_work[-1] if at_work else ""))
         tally.times *= standing.get(module, 1)
+        if size := streamed.get(module):
+            tally.move("host_to_device", size)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         at_work.pop()
@@ -196,8 +220,15 @@ def _following(
             handle.remove()
 
 
-def _phase(name: str, weights: Mapping[str, int], peak: Peak, counts: Counts) -> PhaseTrace:
+def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace:
     largest = sorted(peak.held, key=lambda held: -held.bytes)[:LARGEST]
+    held: Counter[str] = Counter()
+    for each in largest:
+        held[f"{each.operator} {each.dtype}{list(each.shape)} in {each.module or 'the loop'}"] += each.bytes
+    ways = ("elementwise", "host_to_device", "device_to_host")
+    flops: dict[tuple[str, str], int] = {**counts.flops}
     return PhaseTrace(
-        name=name, weights_bytes=dict(weights), peak_bytes=peak.bytes, held=tuple(largest), counts=counts
+        name=name, weights_bytes=weights.device_bytes, host_bytes=weights.host_bytes, onload_bytes=weights.onload_bytes,
+        pinned_bytes=weights.pinned_bytes, peak_bytes=peak.bytes, held=dict(held), flops=flops,
+        bytes={way: counts.bytes[way] for way in ways},
     )  # fmt: skip

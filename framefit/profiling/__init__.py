@@ -11,7 +11,7 @@ layers     a step beside the untouched model's -> which layer a loss of quality 
 from __future__ import annotations
 
 from framefit.profiling.breakdown import Breakdown, Cost, breakdown
-from framefit.profiling.ceilings import Ceilings, measure
+from framefit.profiling.ceilings import measure
 from framefit.profiling.profile import Profile, profile
 
-__all__ = ["Breakdown", "Ceilings", "Cost", "Profile", "breakdown", "measure", "profile"]
+__all__ = ["Breakdown", "Cost", "Profile", "breakdown", "measure", "profile"]

@@ -15,9 +15,9 @@ import torch
 
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.kinds import KINDS, Kind, direction
-from framefit.profiling.ceilings import Ceilings
 from framefit.profiling.stalls import Stalls, StallWatch
 from framefit.profiling.trace import Work, busy_s, gaps_s, phase, record
+from framefit.rates import Rates
 
 __all__ = ["Breakdown", "Cost", "Kernel", "breakdown", "summarise", "timed"]
 
@@ -159,9 +159,7 @@ class Breakdown:
 SECONDS = ("wall_s", "plain_s", "idle_s", "gaps_s", "transfer_alone_s", "allocating_s")
 
 
-def breakdown(
-    call: Callable[[], object], device: str, *, ceilings: Ceilings | None = None, repeats: int = 1
-) -> Breakdown:
+def breakdown(call: Callable[[], object], device: str, *, ceilings: Rates | None = None, repeats: int = 1) -> Breakdown:
     """Where the time of `call` goes; the caller has warmed it up.
 
     Runs it `repeats` times plainly, as often under the profiler, and once, uncompiled, to count its FLOPs.
@@ -213,7 +211,7 @@ def summarise(
     wall_s: float,
     plain_s: float,
     repeats: int = 1,
-    ceilings: Ceilings | None = None,
+    ceilings: Rates | None = None,
     allocating_s: float = 0.0,
     stalls: Stalls | None = None,
 ) -> Breakdown:
@@ -258,7 +256,7 @@ def _precision(kind: Kind, counts: Counts) -> str:
     return max(flops, key=lambda precision: flops[precision], default="")
 
 
-def _transfers(works: list[Work], counts: Counts, repeats: int, ceilings: Ceilings | None) -> dict[str, Cost]:
+def _transfers(works: list[Work], counts: Counts, repeats: int, ceilings: Rates | None) -> dict[str, Cost]:
     by_way: dict[str, list[Work]] = defaultdict(list)
     for work in works:
         if work.kind == "transfer":

@@ -1,124 +1,60 @@
 """What this device does at best: matmul, attention and convolution by precision, memory, copies to and from the host.
 
 Measured in a few seconds by the same torch calls that models make, best of several, and filed by device, torch and
-threads: a share of the ceiling compares a run with what this machine was seen to do, not with a data sheet.
+threads (`framefit.rates`): a share of the ceiling compares a run with what this machine was seen to do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 
-from framefit.checkpoint import default_root
+from framefit import rates
 from framefit.device import Device
-from framefit.ledger.counts import Counts
-from framefit.ledger.kinds import Kind
 from framefit.pipeline import PRECISIONS
+from framefit.rates import Rates
 
-__all__ = ["Ceilings", "measure"]
+__all__ = ["measure"]
 
 BUDGET_S = 0.1
 """For one rate, after the first, untimed call."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ceilings:
-    """The best rates seen on one device."""
-
-    device: str
-    """Its name, and where the CPU computes the number of threads."""
-    torch: str
-    tflops: Mapping[str, Mapping[str, float]]
-    """Kind -> precision -> TFLOP/s, for "matmul", "attention" and "convolution"."""
-    memory_gb_per_s: float
-    """Read and written by a copy on the device."""
-    host_to_device_gb_per_s: float | None
-    """From and to pinned memory; None on the CPU."""
-    device_to_host_gb_per_s: float | None
-
-    def seconds(self, kind: Kind, counts: Counts) -> float | None:
-        """How long this kind's share of `counts` takes at these rates; None where there is no rate for it."""
-        if kind == "elementwise":
-            return counts.bytes["elementwise"] / self.memory_gb_per_s / 1e9
-        if kind == "transfer":
-            ways = [self.copy_seconds(way, counts.bytes[way]) for way in ("host_to_device", "device_to_host")]
-            return sum(way for way in ways if way is not None) if any(ways) else None
-        rates = self.tflops[kind]
-        flops = {precision: n for (of, precision), n in counts.flops.items() if of == kind}
-        if not flops or not flops.keys() <= rates.keys():
-            return None
-        return sum(n / rates[precision] / 1e12 for precision, n in flops.items())
-
-    def copy_seconds(self, way: str, bytes: int) -> float | None:
-        """For `bytes` "host_to_device" or "device_to_host"."""
-        rates = {"host_to_device": self.host_to_device_gb_per_s, "device_to_host": self.device_to_host_gb_per_s}
-        rate = rates.get(way)
-        return bytes / rate / 1e9 if rate else None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(**data)
-
-
-def measure(device: str, *, fresh: bool = False, file: Path | None = None) -> Ceilings:
-    """The ceilings of `device` ("cpu" or "cuda:N"): filed ones, or measured now, which takes a few seconds.
+def measure(device: str, *, fresh: bool = False, file: Path | None = None) -> Rates:
+    """The best rates of `device` ("cpu" or "cuda:N"): filed ones, or measured now, which takes a few seconds.
 
     Args:
         fresh: measure although there are filed ones.
-        file: where they are filed; None: `ceilings.json` in the user's state folder.
+        file: where they are filed; None: in the user's state folder.
     """
-    file = file or default_root().parent / "ceilings.json"
-    name, key = _key(device)
-    filed = _read(file)
-    if key in filed and not fresh:
-        return Ceilings.from_json(filed[key])
-    ceilings = _measure(device, name)
+    name = Device.detect(device).name
+    name = rates.cpu_name(name) if device == "cpu" else name
+    filed = rates.filed(name, file)
+    if filed and not fresh:
+        return filed
+    found = replace(_measure(device, name), unseen=filed.unseen if filed else None)
     if device != "cpu":
         torch.cuda.empty_cache()  # the model comes next
-    _write(file, _read(file) | {key: ceilings.to_json()})
-    return ceilings
-
-
-def _key(device: str) -> tuple[str, str]:
-    name = Device.detect(device).name
-    if device == "cpu":
-        name = f"{name}, {torch.get_num_threads()} threads"
-    return name, f"{name}, torch {torch.__version__}"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """What is filed; a file that cannot be read is measured anew."""
-    with contextlib.suppress(OSError, ValueError):
-        filed = json.loads(file.read_text(encoding="utf-8"))
-        return filed if isinstance(filed, dict) else {}
-    return {}
-
-
-def _write(file: Path, filed: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(json.dumps(filed, indent=2), encoding="utf-8")
-    temporary.replace(file)
+    rates.save(found, file)
+    return found
 
 
 @torch.no_grad()
-def _measure(device: str, name: str) -> Ceilings:
+def _measure(device: str, name: str) -> Rates:
     tflops = {
         kind: dict(_rates(calls, device))
         for kind, calls in (("matmul", _matmuls), ("attention", _attentions), ("convolution", _convolutions))
     }
+    if device != "cpu":
+        tflops["matmul"] |= dict(_eight_bit(device))
     ways = {"to": None, "from": None} if device == "cpu" else dict(_host_copies(device))
-    return Ceilings(
+    return Rates(
         device=name, torch=torch.__version__, tflops=tflops, memory_gb_per_s=_best(_memory_copy(device), device) * 1e3,
         host_to_device_gb_per_s=ways["to"], device_to_host_gb_per_s=ways["from"],
     )  # fmt: skip
@@ -138,6 +74,19 @@ def _matmuls(device: str, dtype: torch.dtype) -> Iterator[Probe]:
     side = _sized(device, dtype, card=8192, cpu=1024)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     yield 2 * side**3, lambda: a @ b
+
+
+def _eight_bit(device: str) -> Iterator[tuple[str, float]]:
+    """Products of numbers of 8 bits, where the card and torch have them."""
+    side = 8192
+    with contextlib.suppress(RuntimeError):
+        a, b = (torch.randn(side, side, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones((), device=device)
+        call = partial(torch._scaled_mm, a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        yield "fp8", _best(iter([(2 * side**3, call)]), device)
+    with contextlib.suppress(RuntimeError):
+        a, b = (torch.randint(-128, 128, (side, side), device=device, dtype=torch.int8) for _ in range(2))
+        yield "int8", _best(iter([(2 * side**3, partial(torch._int_mm, a, b.t()))]), device)
 
 
 def _attentions(device: str, dtype: torch.dtype) -> Iterator[Probe]:

@@ -15,10 +15,10 @@ from framefit.device import Device
 from framefit.errors import BadInput, FramefitError
 from framefit.plan import Tier
 from framefit.profiling.breakdown import Breakdown
-from framefit.profiling.ceilings import Ceilings
 from framefit.profiling.layers import Loss
 from framefit.profiling.profile import DENOISE, PhaseProfile, Profile
 from framefit.profiling.surroundings import Surroundings
+from framefit.rates import Rates
 
 __all__ = [
     "PARTS",
@@ -58,7 +58,7 @@ class Case:
     settings: Mapping[str, str]
     """Of the plan, by type."""
     phases: tuple[PhaseProfile, ...]
-    ceilings: Ceilings
+    ceilings: Rates
     surroundings: Surroundings
     losses: tuple[Loss, ...] = ()
     """By layer, where the prediction was compared with the untouched model's."""
@@ -83,7 +83,7 @@ class Case:
             device=Device.from_json(plan["device"]), precision=plan["precision"],
             settings={setting["type"]: setting["value"] for setting in plan["settings"]},
             phases=tuple(PhaseProfile.from_json(phase) for phase in profile["phases"]),
-            ceilings=Ceilings.from_json(profile["ceilings"]),
+            ceilings=Rates.from_json(profile["ceilings"]),
             surroundings=Surroundings.from_json(profile["surroundings"]), losses=tuple(losses),
         )  # fmt: skip
 

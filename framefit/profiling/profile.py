@@ -27,10 +27,10 @@ from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.profiling import flame, modules, timeline
 from framefit.profiling.breakdown import Breakdown, summarise
-from framefit.profiling.ceilings import Ceilings
 from framefit.profiling.stalls import StallWatch
 from framefit.profiling.surroundings import Surroundings, Watch
 from framefit.profiling.trace import Trace, phase, record
+from framefit.rates import Rates
 
 __all__ = ["Memory", "PhaseProfile", "Profile", "check_folder", "profile", "take_step"]
 
@@ -86,7 +86,7 @@ class Profile:
     torch: str
     steps: int
     """Denoising steps that were profiled of each expert."""
-    ceilings: Ceilings
+    ceilings: Rates
     load_s: float
     phases: tuple[PhaseProfile, ...]
     memory: Memory
@@ -119,7 +119,7 @@ class Profile:
         }
 
 
-def profile(pipeline: Pipeline, folder: Path, ceilings: Ceilings, *, steps: int = 2) -> Profile:
+def profile(pipeline: Pipeline, folder: Path, ceilings: Rates, *, steps: int = 2) -> Profile:
     """Watch `pipeline` and write `profile.json`, `trace.json.gz`, `flame.svg` and `memory.png` into `folder`.
 
     Without matplotlib there is no `memory.png`, and a note says so.
@@ -225,7 +225,7 @@ def _phases(
     stalls: StallWatch,
     trace: Trace,
     tally: Tally,
-    ceilings: Ceilings,
+    ceilings: Rates,
     pipeline: Pipeline,
 ) -> tuple[PhaseProfile, ...]:
     times = Counter(DENOISE + expert for expert in pipeline.experts())

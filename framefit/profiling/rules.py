@@ -77,7 +77,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="other-process", asks="do other programs use the device?", of_run=symptoms.other_process, says="{told}",
         remedies=(
-            Remedy(do="end them, wait for them, or take another card with --device cuda:N", tier="exact", gain=_lost),
+            Remedy(
+                do="end them, wait for them, or take another card with --device cuda:N; then diagnose again, as all "
+                "figures here were taken beside them", tier="exact", gain=_lost,
+            ),
         ),
     ),
     Rule(

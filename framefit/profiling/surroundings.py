@@ -1,14 +1,13 @@
 """What else goes on while a model runs: other programs, clocks that are held down, a processor quota that ran out.
 
-On a card nvidia-smi tells, where there is one; what it does not tell is unknown, and no rule speaks of it.
+On a card nvidia-smi tells (`framefit.smi`), where there is one; what it does not tell is unknown, and no rule speaks of
+it.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -19,20 +18,14 @@ from typing import Any, Self
 import psutil
 import torch
 
-__all__ = ["Card", "Sample", "Surroundings", "Watch"]
+from framefit.smi import IDLE, REASONS, Sample, Smi, others
+
+__all__ = ["Surroundings", "Watch", "held_down", "throttled_s"]
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-CONTEXT_BYTES = 2**30
-"""More than CUDA's context and the libraries' kernels take in a process beside what torch reserves."""
 QUIET_S = 1.2
 """The card counts its utilisation over up to a second: for so long it must be left alone before others are seen."""
 EVERY_S = 0.5
-IDLE = 1
-REASONS = {
-    2: "clocks set by an administrator", 4: "power cap", 8: "hardware slowdown", 16: "clocks in step with other cards",
-    32: "heat, by the driver", 64: "heat, by the card", 128: "power brake",
-}  # fmt: skip
-"""nvmlClocksEventReasons, nvml.h."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,16 +53,6 @@ class Surroundings:
         return cls(**{**data, "held_down": tuple(data["held_down"])})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One look at a card's clocks."""
-
-    clock: float
-    """Over its highest."""
-    reasons: int
-    """Bits of REASONS, and IDLE."""
-
-
 @dataclass(slots=True)
 class Watch:
     """A block of work on `device`, "cpu" or "cuda:N", and what went on around it: `seen`, once the block is over."""
@@ -82,7 +65,7 @@ class Watch:
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if self.device != "cpu" and (card := Card.find(self.device)):
+        if self.device != "cpu" and (card := Smi.find(self.device)):
             torch.cuda.synchronize(self.device)
             time.sleep(QUIET_S)
             self.seen = replace(self.seen, others_busy=card.utilisation())
@@ -98,9 +81,9 @@ class Watch:
             self._thread.join()
             self.seen = replace(self.seen, **held_down(self._samples))
         if self.device != "cpu":
-            self.seen = replace(self.seen, others_bytes=_others_bytes(self.device))
+            self.seen = replace(self.seen, others_bytes=others(self.device).bytes)
 
-    def _look(self, card: Card) -> None:
+    def _look(self, card: Smi) -> None:
         while True:
             if sample := card.sample():
                 self._samples.append(sample)
@@ -115,50 +98,6 @@ def held_down(samples: Iterable[Sample]) -> dict[str, Any]:
         return {}
     told = tuple(name for bit, name in REASONS.items() if 2 * sum(bool(s.reasons & bit) for s in busy) > len(busy))
     return {"clock": statistics.median(sample.clock for sample in busy), "held_down": told}
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A card, as nvidia-smi tells of it."""
-
-    program: str
-    id: str
-    """A UUID: torch and nvidia-smi may count cards differently."""
-
-    @classmethod
-    def find(cls, device: str) -> Self | None:
-        """None without nvidia-smi."""
-        program = shutil.which("nvidia-smi")
-        uuid = torch.cuda.get_device_properties(device).uuid
-        return None if program is None else cls(program, f"GPU-{uuid}")
-
-    def sample(self) -> Sample | None:
-        for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the latter up to driver 530
-            if cells := self._ask(f"clocks.sm,clocks.max.sm,{reasons}"):
-                now, most, bits = cells
-                return Sample(clock=int(now) / int(most), reasons=int(bits, 16))
-        return None
-
-    def utilisation(self) -> float | None:
-        """Share of the last second, at the most, in which a kernel ran, 0 to 1."""
-        cells = self._ask("utilization.gpu")
-        return float(cells[0]) / 100 if cells else None
-
-    def _ask(self, what: str) -> list[str] | None:
-        """None where the driver does not tell, as it does not on a part of a card."""
-        command = [self.program, f"--id={self.id}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
-        try:
-            told = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        cells = [cell.strip() for cell in told.stdout.split(",")]
-        known = told.returncode == 0 and len(cells) == what.count(",") + 1 and all(cell[:1].isdigit() for cell in cells)
-        return cells if known else None
-
-
-def _others_bytes(device: str) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, total - free - torch.cuda.memory_reserved(device) - CONTEXT_BYTES)
 
 
 def _clocks() -> dict[str, float]:

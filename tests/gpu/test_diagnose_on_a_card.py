@@ -16,12 +16,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from framefit.cli import main
 from framefit.device import Device
-from framefit.profiling import Ceilings, breakdown, measure
+from framefit.profiling import breakdown, measure
 from framefit.profiling.findings import Case, Finding, diagnose
 from framefit.profiling.profile import PhaseProfile
 from framefit.profiling.rules import RULES
-from framefit.profiling.surroundings import Card, Surroundings, Watch
+from framefit.profiling.surroundings import Surroundings, Watch
 from framefit.profiling.symptoms import SLOW_CLOCK
+from framefit.rates import Rates
+from framefit.smi import Smi
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")]
 
@@ -31,12 +33,12 @@ Ask = Callable[[Call], dict[str, Finding]]
 
 
 @pytest.fixture(scope="module")
-def ceilings(tmp_path_factory: pytest.TempPathFactory) -> Ceilings:
+def ceilings(tmp_path_factory: pytest.TempPathFactory) -> Rates:
     return measure(CARD, file=tmp_path_factory.mktemp("ceilings") / "ceilings.json")
 
 
 @pytest.fixture
-def ask(ceilings: Ceilings) -> Iterator[Ask]:
+def ask(ceilings: Rates) -> Iterator[Ask]:
     """Rule -> what it finds in a call that is warm."""
 
     @torch.no_grad()
@@ -49,7 +51,7 @@ def ask(ceilings: Ceilings) -> Iterator[Ask]:
     torch.cuda.empty_cache()
 
 
-def case(ceilings: Ceilings, call: Call | None = None, around: Surroundings | None = None) -> Case:
+def case(ceilings: Rates, call: Call | None = None, around: Surroundings | None = None) -> Case:
     call = call or (lambda: torch.zeros(1, device=CARD))
     found = breakdown(call, CARD, ceilings=ceilings, repeats=3)
     phase = PhaseProfile(name="denoise:transformer", times=1, peak_bytes=0, breakdown=found)
@@ -219,7 +221,7 @@ while True:
 """
 
 
-def test_another_process_on_the_card(ceilings: Ceilings) -> None:
+def test_another_process_on_the_card(ceilings: Rates) -> None:
     with Watch(CARD) as alone:
         matmuls()()
     assert "other-process" not in by_rule(case(ceilings, around=alone.seen)), alone.seen
@@ -238,8 +240,8 @@ def test_another_process_on_the_card(ceilings: Ceilings) -> None:
         assert found.gain_s > 0
 
 
-def test_throttling_is_what_the_card_says(ceilings: Ceilings) -> None:
-    if not (card := Card.find(CARD)) or card.sample() is None:
+def test_throttling_is_what_the_card_says(ceilings: Rates) -> None:
+    if not (card := Smi.find(CARD)) or card.sample() is None:
         pytest.skip("nvidia-smi does not tell this card's clocks")
     with Watch(CARD) as watch:
         product, end = matmuls(), time.perf_counter() + 4

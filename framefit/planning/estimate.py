@@ -1,0 +1,121 @@
+"""What a plan will need, phase by phase: the dry run's bytes and operations, put to a device's memory and rates.
+
+    reserved = weights + activations and workspaces at their peak x what the allocator keeps beside + cuBLAS's
+    seconds  = operations over measured rates, bytes over bandwidth, kind by kind
+
+No torch is needed where the plan was traced before.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from framefit import rates
+from framefit.errors import DoesNotFit
+from framefit.families import Checkpoint
+from framefit.plan import Estimate, PhaseEstimate, Plan
+from framefit.planning.traces import PhaseTrace, traced
+from framefit.rates import Rates
+from framefit.request import ResolvedRequest
+
+__all__ = ["check_fits", "estimated", "steps_of"]
+
+KINDS = ("attention", "matmul", "convolution", "elementwise")
+NAMED = 8
+"""What is largest at a peak."""
+
+
+def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """`plan` with the estimate of every phase; a few seconds the first time."""
+    known = rates.of(plan.device)
+    phases = tuple(_phase(trace, plan, checkpoint, known) for trace in traced(plan, checkpoint))
+    return replace(
+        plan, estimate=Estimate(
+            weights_bytes=plan.estimate.weights_bytes, free_bytes=plan.estimate.free_bytes,
+            phases=(_load(plan, phases, checkpoint), *phases), origin=_origin(known),
+        ),
+    )  # fmt: skip
+
+
+def check_fits(plan: Plan) -> None:
+    """Raises `DoesNotFit` where the plan is not feasible."""
+    if plan.feasible:
+        return
+    need, binding = plan.estimate.peak_bytes, plan.estimate.binding
+    what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
+    given = "free" if plan.device.vram_limit_bytes is None else "by --vram"
+    raise DoesNotFit(
+        f"{plan.request.model} needs {need / 2**30:.1f} GiB {what} in {plan.precision} and {plan.device.name} has "
+        f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: use a smaller model (framefit models ls) or a larger "
+        f"device."
+    )
+
+
+def steps_of(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[str, int]:
+    """Expert -> steps that it serves: all of them, or those on its side of the boundary.
+
+    The noise levels are those of diffusers' flow schedulers: even from 1 down to a thousandth, then shifted.
+    """
+    if len(checkpoint.experts) == 1 or checkpoint.boundary_ratio is None:
+        return {checkpoint.experts[0]: request.steps}
+    config = checkpoint["scheduler"].config
+    shift = request.shift if request.shift is not None else float(config.get("flow_shift", 1.0))
+    even = (1 - 0.999 * step / request.steps for step in range(request.steps))
+    timesteps = [int(1000 * shift * level / (1 + (shift - 1) * level)) for level in even]
+    high = sum(t >= 1000 * checkpoint.boundary_ratio for t in timesteps)
+    return dict(zip(checkpoint.experts, (high, request.steps - high), strict=True))
+
+
+def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates | None) -> PhaseEstimate:
+    weights = sum(trace.weights_bytes.values())
+    request, on_card = plan.request, plan.device.id != "cpu"
+    video = request.width * request.height * request.num_frames * 3 if trace.name == "decode" else 0
+    held = {f"weights of the {name}": size for name, size in trace.weights_bytes.items()} | dict(trace.held)
+    return PhaseEstimate(
+        name=trace.name,
+        seconds=_seconds(trace, steps_of(request, checkpoint).get(trace.name.removeprefix("denoise:"), 1), known),
+        peak_vram_bytes=weights + _reserved(trace, known) if on_card else 0,
+        host_bytes=trace.host_bytes + video + (0 if on_card else weights + trace.peak_bytes),
+        disk_bytes=0,
+        held=dict(sorted(held.items(), key=lambda each: -each[1])[:NAMED]),
+    )
+
+
+def _reserved(trace: PhaseTrace, known: Rates | None) -> int:
+    """For everything but weights."""
+    if known is None or known.unseen is None:
+        return trace.peak_bytes
+    kept = known.unseen.reserved["decode" if trace.name == "decode" else "denoise"]
+    return math.ceil(kept * trace.peak_bytes) + known.unseen.cublas_workspace_bytes
+
+
+def _seconds(trace: PhaseTrace, times: int, known: Rates | None) -> float | None:
+    if known is None:
+        return None
+    total = 0.0
+    for kind in KINDS:
+        seconds = known.seconds(kind, trace)
+        if seconds is None and any(of == kind for of, _ in trace.flops):  # no rate for this precision
+            return None
+        total += seconds or 0.0
+    return times * total
+
+
+def _load(plan: Plan, phases: tuple[PhaseEstimate, ...], checkpoint: Checkpoint) -> PhaseEstimate:
+    """Every component is read to the host whole, and then moved, unless it stays there."""
+    width = {"fp32": 4}.get(plan.precision, 2)
+    sizes = {c.name: c.params * (4 if c.keep_fp32 else width) for c in checkpoint.components if c.params}
+    held = {f"weights of the {name}": size for name, size in sorted(sizes.items(), key=lambda each: -each[1])}
+    stays = plan.device.id == "cpu" or plan.offload != "none"
+    on_card = 0 if stays else sum(sizes.values())
+    host = sum(sizes.values()) if stays else max(sizes.values())
+    return PhaseEstimate(
+        name="load", seconds=None, peak_vram_bytes=on_card, host_bytes=host, disk_bytes=0, held=held
+    )  # fmt: skip
+
+
+def _origin(known: Rates | None) -> str:
+    if known is None:
+        return "no rates of this device are known: framefit doctor --probe measures them"
+    return f"rates of {known.device}, {known.origin}"

@@ -1,0 +1,74 @@
+"""From a request to a plan on this machine: the row, the device, the photo, the settings that were found fastest.
+
+No weight is read, and no torch is needed for a card that is only named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from framefit import photo, tuned
+from framefit.device import Device
+from framefit.families import Checkpoint, find
+from framefit.plan import Plan
+from framefit.planning.choose import choose
+from framefit.request import Request
+
+__all__ = ["prepare"]
+
+
+def prepare(
+    request: Request,
+    *,
+    device: str = "auto",
+    vram_bytes: int | None = None,
+    ram_bytes: int | None = None,
+    preset: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    precision: str | None = None,
+    use_tuned: bool = True,
+) -> tuple[Checkpoint, Plan]:
+    """The model's row and the plan. Paths become absolute: a run may be resumed from elsewhere.
+
+    Args:
+        device: auto, cpu, cuda, cuda:N or a card of `framefit.cards`.
+        vram_bytes, ram_bytes: as in `Device.find`.
+        use_tuned: take settings that are not explicit from `framefit tune`, where it has been run.
+    """
+    checkpoint, settings = find(request.model), settings or {}
+    last_image = None if request.last_image is None else request.last_image.absolute()
+    request = replace(request, image=request.image.absolute(), last_image=last_image)
+    if checkpoint.folder is not None and not checkpoint.bundled:
+        request = replace(request, model=str(checkpoint.folder))
+    named = {"image": request.image, "last_image": request.last_image}
+    paths = {name: path for name, path in named.items() if path is not None}
+    sizes = {name: photo.load(path).size for name, path in paths.items()}
+    if request.loras:
+        from framefit.families import lora
+
+        request = replace(request, loras=lora.check(request.loras, checkpoint))
+    plan = choose(
+        request,
+        checkpoint,
+        Device.find(device, vram_bytes=vram_bytes, ram_bytes=ram_bytes),
+        photo_size=sizes["image"],
+        photos={name: photo.sha256(path) for name, path in paths.items()},
+        preset=preset,
+        settings=settings,
+        precision=precision,
+    )
+    return checkpoint, _tuned(plan, settings) if use_tuned else plan
+
+
+def _tuned(plan: Plan, explicit: Mapping[str, str]) -> Plan:
+    """With the settings that a search has filed for this device in place of those that nobody asked for."""
+    if (found := tuned.find(plan)) is None:
+        return plan
+    settings = tuple(
+        type(s)(value=found.settings[s.type], because=found.because)
+        if s.type in found.settings and s.type not in explicit
+        else s
+        for s in plan.settings
+    )
+    return replace(plan, settings=settings)

@@ -1,0 +1,196 @@
+"""The dry run holds what a run holds and does what a run does, at tiny size exactly and at true size as an H200 did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from framefit.device import Device
+from framefit.families import CHECKPOINTS, Checkpoint
+from framefit.families.parts import Parts
+from framefit.ledger.live import Live, block_bytes
+from framefit.passes import apply_all
+from framefit.plan import Plan
+from framefit.planning import choose, dryrun, traces
+from framefit.request import Request
+from framefit.testing import random_parts, randomise, tiny_row
+
+CPU = torch.device("cpu")
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "full_size_h200_20261121.json"
+CARD = Device(
+    id="cuda:0", name="a card", compute_capability=(9, 0), vram_total_bytes=2**37, vram_free_bytes=2**37,
+    ram_total_bytes=2**37, ram_free_bytes=2**37, disk_free_bytes=2**40,
+)  # fmt: skip
+
+
+def plan_of(row: Checkpoint, photo: Path, size: tuple[int, int, int], **more: Any) -> Plan:
+    width, height, num_frames = size
+    request = Request(image=photo, prompt="x", model=row.id, width=width, height=height, num_frames=num_frames, seed=1)
+    return choose(request, row, CARD, photo_size=(120, 80), **more)
+
+
+def real(row: Checkpoint) -> Parts:
+    """On the CPU in fp32, with finite weights."""
+    parts = random_parts(row, dtype=torch.float32, device=CPU)
+    for part in parts.components.values():
+        if isinstance(part, nn.Module):
+            randomise(part, torch.Generator().manual_seed(0))
+    return parts
+
+
+SMALL = {
+    "wan2.2-i2v-a14b": (64, 48, 9),
+    "wan2.2-ti2v-5b": (64, 64, 9),
+    "wan2.1-i2v-14b-480p": (64, 48, 5),
+    "easyanimate-v5.1-7b-inp": (64, 64, 9),
+    "easyanimate-v5-7b-zh-inp": (64, 64, 5),
+    "i2vgen-xl": (64, 64, 4),
+}
+
+
+@pytest.mark.parametrize("id", SMALL)
+@pytest.mark.parametrize("guidance", ["together", "apart"])
+def test_a_dry_run_holds_and_does_what_a_run_does(id: str, guidance: str, photo: Path) -> None:
+    row = legal(tiny_row(id))
+    plan = plan_of(row, photo, SMALL[id], precision="fp32", settings={"guidance": guidance})
+    dry = dryrun.trace(plan, row)
+    wet = dryrun.followed(apply_all(real(row), plan), plan, dry[0].weights_bytes, {})
+    assert [phase.name for phase in dry] == [phase.name for phase in wet]
+    for one, other in zip(dry, wet, strict=True):
+        # torch gives a fake view of one picture other strides, by which the next layer chooses its layout
+        within = 0.05 if id == "i2vgen-xl" else 0
+        assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=within), one.name
+        assert one.flops == other.flops, one.name
+        assert one.bytes == pytest.approx(other.bytes, rel=1e-2), one.name
+        assert sum(one.held.values()) <= one.peak_bytes
+
+
+def legal(row: Checkpoint) -> Checkpoint:
+    """Tiny models take tiny frames."""
+    return replace(row, sizes=replace(row.sizes, min_side=32, multiple=16))
+
+
+def test_guidance_apart_halves_what_it_holds(photo: Path) -> None:
+    row = legal(tiny_row("easyanimate-v5.1-7b-inp"))
+    peaks = {}
+    for value in ("together", "apart"):
+        plan = plan_of(row, photo, (128, 128, 9), precision="fp32", settings={"guidance": value})
+        peaks[value] = next(p.peak_bytes for p in dryrun.trace(plan, row) if p.name == "denoise:transformer")
+    assert 1.6 < peaks["together"] / peaks["apart"] < 2.1
+
+
+@pytest.mark.parametrize("id", ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp"])
+def test_one_block_stands_for_those_that_are_equal(id: str, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = legal(tiny_row(id))
+    many = {"num_layers": 9} | ({"mmdit_layers": 5} if "easyanimate" in id else {})
+    longer = (replace(c, config={**c.config, **many}) if "transformer" in c.name else c for c in row.components)
+    row = replace(row, components=tuple(longer))
+    plan = plan_of(row, photo, (64, 64, 5))
+    short = dryrun.trace(plan, row)
+    monkeypatch.setattr(dryrun, "FEW", 99)
+    assert strip(short) == strip(dryrun.trace(plan, row))
+    assert short[2].weights_bytes["transformer"] > 3 * short[2].weights_bytes["vae"] / 10
+
+
+def strip(found: tuple[traces.PhaseTrace, ...]) -> list[Any]:
+    """Without the places of the blocks."""
+    return [(p.name, p.weights_bytes, p.peak_bytes, p.flops, p.bytes) for p in found]
+
+
+def test_at_true_size_it_agrees_with_an_h200(photo: Path) -> None:
+    """Without what fake tensors cannot see: cuBLAS's workspace, blocks that the allocator does not split."""
+    filed = next(r for r in json.loads(MEASURED.read_text()) if r["id"] == "i2vgen-xl")
+    row = CHECKPOINTS["i2vgen-xl"]
+    plan = plan_of(row, photo, (*filed["size"], filed["num_frames"]))
+    measured = {phase["name"]: phase["peak_bytes"] for phase in filed["phases"]}
+    for phase in dryrun.trace(plan, row):
+        predicted = sum(phase.weights_bytes.values()) + phase.peak_bytes
+        assert 0.98 < predicted / measured[phase.name] < 1.01, (phase.name, predicted, measured[phase.name])
+
+
+def test_a_storage_lives_until_nothing_refers_to_it() -> None:
+    given = torch.ones(1000)
+    with Live([given]) as live:
+        with live.phase("one"):
+            kept = given + 1
+            view = kept[:10]
+            _ = (kept * 2) * 2  # the first product dies in the second
+            del kept
+            _ = None
+        with live.phase("two"):
+            other = torch.zeros(300)
+            del view
+        with live.phase("three"):
+            pass
+    block = block_bytes(4000)
+    assert block == 4096
+    assert live.phases["one"].bytes == 3 * block
+    assert [held.operator for held in live.phases["one"].held] == ["add", "mul", "mul"]
+    assert live.phases["two"].bytes == block + block_bytes(1200)
+    assert live.phases["three"].bytes == block_bytes(other.nbytes)
+
+
+# on disk
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """Plans that were traced, in place of tracing them."""
+    asked: list[Plan] = []
+
+    def trace(plan: Plan, checkpoint: Checkpoint) -> tuple[traces.PhaseTrace, ...]:
+        asked.append(plan)
+        return (
+            traces.PhaseTrace(
+                name="decode", weights_bytes={"vae": 2}, peak_bytes=3, held={"x": 1}, flops={("matmul", "bf16"): 5},
+                bytes={},
+            ),
+        )  # fmt: skip
+
+    monkeypatch.setattr(dryrun, "trace", trace)
+    return asked
+
+
+def test_a_plan_is_traced_once(tmp_path: Path, photo: Path, counted: list[Plan]) -> None:
+    row = CHECKPOINTS["i2vgen-xl"]
+    plan = plan_of(row, photo, (512, 512, 16))
+    first = traces.traced(plan, row, tmp_path)
+    reseeded = replace(plan, request=replace(plan.request, seed=7, prompt="another", steps=3))
+    assert traces.traced(reseeded, row, tmp_path) == first
+    assert len(counted) == 1
+
+
+CHANGES: dict[str, Callable[[Plan], Plan]] = {
+    "frames": lambda plan: replace(plan, request=replace(plan.request, num_frames=8)),
+    "size": lambda plan: replace(plan, request=replace(plan.request, width=256)),
+    "unguided": lambda plan: replace(plan, request=replace(plan.request, guidance=(1.0,))),
+    "precision": lambda plan: replace(plan, precision="fp32"),
+    "settings": lambda plan: replace(plan, settings=(type(plan.settings[0])(value="apart"),)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_matters_is_traced_anew(change: str, tmp_path: Path, photo: Path, counted: list[Plan]) -> None:
+    row = CHECKPOINTS["i2vgen-xl"]
+    plan = plan_of(row, photo, (512, 512, 16))
+    traces.traced(plan, row, tmp_path)
+    traces.traced(CHANGES[change](plan), row, tmp_path)
+    assert len(counted) == 2
+
+
+def test_a_file_that_cannot_be_read_is_traced_anew(tmp_path: Path, photo: Path, counted: list[Plan]) -> None:
+    row = CHECKPOINTS["i2vgen-xl"]
+    plan = plan_of(row, photo, (512, 512, 16))
+    found = traces.traced(plan, row, tmp_path)
+    (file,) = tmp_path.iterdir()
+    for damage in ("[", '{"a": 1}', "[1]"):
+        file.write_text(damage)
+        assert traces.traced(plan, row, tmp_path) == found
+    assert len(counted) == 4
