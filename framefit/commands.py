@@ -190,7 +190,8 @@ def diagnose(flags: Namespace) -> None:
     from framefit.profiling.rules import RULES
 
     if flags.profile:
-        if given := [*_asked(flags), *["--layers"] * flags.layers, *["--output"] * bool(flags.output)]:
+        beside = {"--layers": flags.layers, "--output": flags.output, "--vram": flags.vram}
+        if given := [*_asked(flags), *(flag for flag, value in beside.items() if value)]:
             raise UsageError(f"--from reads what was measured before, and {given[0]} asks to measure: leave one out.")
         case = findings.read(flags.profile)
     else:

@@ -89,12 +89,10 @@ class Device:
         free, total = torch.cuda.mem_get_info(index)
         cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
         capability = torch.cuda.get_device_capability(index)
-        filed = rates.filed(name)
-        unseen = (filed and filed.unseen) or Unseen.assumed(capability)
         return cls(
             id=f"cuda:{index}", name=name, compute_capability=capability, vram_total_bytes=total,
             vram_free_bytes=free + cached, vram_others_bytes=least_of_others(index),
-            context_bytes=unseen.kernels_bytes,  # the bare context is there since torch was asked
+            context_bytes=_unseen(name, capability).kernels_bytes,  # the bare context is there since torch was asked
             **_host(),
         )._limited(vram_bytes)  # fmt: skip
 
@@ -113,7 +111,7 @@ class Device:
         if id not in CARDS:
             raise UsageError(f"card '{id}' is unknown: use {', '.join(CARDS)}.")
         card, host = CARDS[id], _host()
-        context_bytes = Unseen.assumed(card.compute_capability).context_bytes
+        context_bytes = _unseen(card.name, card.compute_capability).context_bytes
         if ram_bytes is not None:
             host |= {"ram_total_bytes": ram_bytes, "ram_free_bytes": ram_bytes}
         return cls(
@@ -200,6 +198,11 @@ def _not_here(id: str) -> str:
         f"{id} is a card to plan for (framefit plan --device {id}) and not one of this machine: to run within its "
         f"memory here, use --device cuda --vram {Device.named(id).budget_bytes / GIB:.2f}GiB."
     )
+
+
+def _unseen(name: str, compute_capability: tuple[int, int]) -> Unseen:
+    filed = rates.filed(name)
+    return (filed and filed.unseen) or Unseen.assumed(compute_capability)
 
 
 def _cuda_is_here() -> bool:

@@ -52,7 +52,7 @@ class Unseen:
     kernels_bytes: int
     """Of these, what comes after the bare context."""
     cublas_workspace_bytes: int
-    """Taken at the first matrix product and kept, inside of what torch reserves."""
+    """Allocated at the first matrix product, inside of what torch reserves."""
     convolution: Mapping[str, Mapping[str, tuple[tuple[int, int], ...]]]
     """"conv2d", "conv3d" -> precision -> (bytes of input, weight and output; workspace bytes), the smaller first."""
     rounding: float

@@ -7,8 +7,10 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -334,3 +336,30 @@ def test_a_file_system_without_locks_is_run_on_unlocked(
     row = tiny("i2vgen-xl")
     run = new_run(tmp_path, row, make_plan(row))
     assert RunFolder.open(tmp_path, run.id).id == run.id
+
+
+def test_a_run_of_an_older_version_goes_on(
+    tiny: Callable[[str], Checkpoint], make_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan has fewer fields; its files know the run by that plan."""
+    row, now = tiny("i2vgen-xl"), Plan.to_json
+
+    def then(plan: Plan) -> dict[str, Any]:
+        facts = now(plan)
+        for name in ("origin", "budget_bytes", "vram_limit_bytes", "vram_others_bytes", "context_bytes"):
+            del facts["device"][name]
+        return facts
+
+    monkeypatch.setattr(Plan, "to_json", then)
+    state = State(step=1, latents=torch.ones(2), conditioning={"text": torch.ones(3)}, scheduler={})
+    with new_run(tmp_path, row, make_plan(row)) as run:
+        run.save(state)
+    monkeypatch.undo()
+    with RunFolder.open(tmp_path, run.id) as again:
+        found = again.load()
+        assert found is not None
+        assert found.step == 1
+        again.save(replace(found, step=2))
+        loaded = again.load()
+    assert loaded is not None
+    assert loaded.step == 2

@@ -69,9 +69,14 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._open.pop()
 
+    @property
+    def counts(self) -> Counts:
+        """Of the phase that is open."""
+        return self.phases.setdefault(self._open[-1], Counts())
+
     def move(self, way: str, bytes: int) -> None:
         """Book what no operator of the program moves: weights that come from outside."""
-        self.phases.setdefault(self._open[-1], Counts()).bytes[way] += self.times * bytes
+        self.counts.bytes[way] += self.times * bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,7 +84,7 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return func._op_dk(COMPOSITE, *args, **kwargs)
         result = func(*args, **kwargs)
-        counts = self.phases.setdefault(self._open[-1], Counts())
+        counts = self.counts
         kind = "attention" if self.in_attention else op_kind(func._schema.name) or "elementwise"
         if formula := FORMULAS.get(func._overloadpacket):
             counts.flops[kind, _precision(args)] += self.times * formula(*args, **kwargs, out_val=result)

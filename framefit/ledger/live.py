@@ -72,10 +72,27 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._peak = outer
 
+    @contextmanager
+    def rise(self) -> Iterator[list[int]]:
+        """A list that holds, once the block is over, by how much the bytes rose in it at the most."""
+        outer, self._peak = self._peak, Peak(bytes=self._bytes)
+        entered, found = self._bytes, [0]
+        try:
+            yield found
+        finally:
+            inner, self._peak = self._peak, outer
+            found[0] = inner.bytes - entered
+            if inner.bytes > outer.bytes:
+                outer.bytes, outer.held = inner.bytes, inner.held
+
+    def rose(self, bytes: int, what: str) -> None:
+        """Something ran that took `bytes` more at the most, and left nothing."""
+        self._look(Held(bytes, what, (), "", self._module()))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
                 self._meet(leaf, func)
         if extra := self._workspace(func, args, result):
             self._look(self._held(extra, f"workspace of {_name(func)}", result))

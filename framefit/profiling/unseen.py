@@ -65,14 +65,15 @@ def _measured(device: str, free_bytes: int) -> dict[str, Any]:
 
 
 def _cublas_workspace(device: str) -> int:
-    """Bytes that stay allocated after a product, and after one with a bias, which is another library's."""
+    """Bytes allocated for a product, and for one with a bias, which is another library's."""
     side, dtype = 1024, torch.float16
     a, b, out = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(3))
     bias = torch.ones(side, device=device, dtype=dtype)
     before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     torch.mm(a, b, out=out)
     torch.addmm(bias, a, b, out=out)
-    return torch.cuda.memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _workspaces(kind: str, device: str) -> Iterator[tuple[str, tuple[tuple[int, int], ...]]]:
