@@ -38,14 +38,17 @@ class Setting:
 
     def __post_init__(self) -> None:
         if not self.accepts(self.value):
-            possible = [*self.values, *filter(None, [self.more])]
-            raise UsageError(
-                f"{self.type}={self.value} is unknown: use {' or '.join(f'{self.type}={value}' for value in possible)}."
-            )
+            possible = " or ".join(f"{self.type}={value}" for value in self.possible())
+            raise UsageError(f"{self.type}={self.value} is unknown: use {possible}.")
 
     @classmethod
     def accepts(cls, value: str) -> bool:
         return value in cls.values
+
+    @classmethod
+    def possible(cls) -> tuple[str, ...]:
+        """As they are written for the user."""
+        return (*cls.values, cls.more) if cls.more else cls.values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,8 +173,14 @@ class Plan:
 
     @property
     def feasible(self) -> bool:
-        """Whether its largest phase fits; without a dry run, whether the weights do."""
-        return self.estimate.peak_bytes <= self.estimate.free_bytes
+        """Whether its largest phase fits, on a card in RAM too; without a dry run, whether the weights do."""
+        return self.estimate.peak_bytes <= self.estimate.free_bytes and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether the weights that are kept in RAM for a card fit there."""
+        needs = max((phase.host_bytes for phase in self.estimate.phases), default=0)
+        return self.device.id == "cpu" or self.offload == "none" or needs <= self.device.ram_free_bytes
 
     def setting(self, kind: type[S]) -> S:
         return next(s for s in self.settings if isinstance(s, kind))

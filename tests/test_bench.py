@@ -138,7 +138,9 @@ def test_real_weights_are_measured_on_what_their_encoders_say(name: str, tiny: A
 
 
 def test_rows_add_settings_up_and_new_types_appear(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert further(SCENARIOS["wan2.2-a14b-480p"], {"guidance": "apart"}) == []  # one branch: nothing to change
+    # one branch: in guidance there is nothing to change
+    rows = further(SCENARIOS["wan2.2-a14b-480p"], {"guidance": "apart", "offload": "none"})
+    assert [row.name for row in rows] == ["+ offload=part", "+ offload=block", "+ offload=leaf"]
     (only,) = further(SCENARIOS["tiny"], {"guidance": "apart"})
     assert only.settings == {"guidance": "together"}
     kinds = [SimpleNamespace(type="guidance", values=("together", "apart")), SimpleNamespace(type="new", values="ab")]

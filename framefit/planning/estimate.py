@@ -42,6 +42,13 @@ def check_fits(plan: Plan) -> None:
     """Raises `DoesNotFit` where the plan is not feasible."""
     if plan.feasible:
         return
+    if not plan.host_fits:
+        need = max(phase.host_bytes for phase in plan.estimate.phases)
+        raise DoesNotFit(
+            f"{plan.request.model} with offload={plan.offload} keeps {need / 2**30:.1f} GiB in RAM and "
+            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: free some, use offload=none, or a smaller model "
+            f"(framefit models ls)."
+        )
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding
     what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
     given = "free" if plan.device.vram_limit_bytes is None else "by --vram"
