@@ -107,7 +107,7 @@ def test_our_decode_equals_stock(scenario: Scenario, tmp_path: Path) -> None:
 def test_a_setting_is_measured_with_the_maths_it_makes(tmp_path: Path) -> None:
     together = Variant(name="+ guidance=together", engine="framefit", settings={"guidance": "together"})
     row = both(SCENARIOS["tiny-wan"], tmp_path, together)[1]
-    assert row.settings == {"guidance": "together"}
+    assert row.settings == {"guidance": "together", "offload": "none"}
     assert row.tier == "exact"
     assert 0 < row.quality["relative_l2"] < 1e-5
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from framefit.errors import UsageError
 from framefit.families.parts import TEXT_ENCODERS, Parts
+from framefit.ledger.live import block_bytes
 from framefit.ledger.transfer import Room, Slab, Transfer, transfer_for
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
@@ -166,7 +167,7 @@ class Component:
     @property
     def embeddings_bytes(self) -> int:
         """That never go there."""
-        return sum({id(table.weight): table.weight.nbytes for table in self.embeddings}.values())
+        return sum({id(table.weight): block_bytes(table.weight.nbytes) for table in self.embeddings}.values())
 
     def remove(self) -> None:
         """As if it had never been touched, but for the memory that it lies in."""

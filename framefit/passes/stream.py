@@ -6,7 +6,7 @@ first forward is remembered, and from then on each module's weights are on their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,8 @@ class Stream:
     """Who was called after whom."""
     first: Unit | None = None
     """Who is called first, where it is known."""
+    asked: Callable[[Unit], None] = lambda unit: None
+    """Hears of every unit that computes."""
     _places: list[_Place] = field(default_factory=list)
     _at_work: _Place | None = None
     _called: Unit | None = None
@@ -92,6 +94,7 @@ class Stream:
         place = self._begin(unit)
         self.transfer.wait(place.room)
         self.transfer.point(unit.slab, place.room)
+        self.asked(unit)
         self._at_work = place
         if self._called:
             self.after[self._called] = unit

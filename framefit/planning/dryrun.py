@@ -29,7 +29,7 @@ from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.plan import Offload, Plan
-from framefit.planning.placed import Placed, placed, streamed
+from framefit.planning.placed import Placed, placed, watch
 from framefit.planning.traces import PhaseTrace
 from framefit.testing import random_parts
 
@@ -67,7 +67,8 @@ def followed(
     tally = Tally()
     way = _Way(parts, plan, live, tally)
     with ExitStack() as stack:
-        stack.enter_context(_following(modules, standing, at_work, tally, streamed(parts)))
+        stack.enter_context(_following(modules, standing, at_work, tally))
+        watch(parts, lambda bytes: tally.move("host_to_device", bytes))
         for part in parts.components.values():
             if isinstance(part, nn.Module):
                 stack.enter_context(_steady(part, live, tally))
@@ -199,16 +200,13 @@ def _named(name: str, part: Any) -> Iterator[tuple[nn.Module, str]]:
 
 @contextmanager
 def _following(
-    modules: Mapping[nn.Module, str], standing: Mapping[nn.Module, int], at_work: list[str], tally: Tally,
-    streamed: Mapping[nn.Module, int],
-) -> Iterator[None]:  # fmt: skip
+    modules: Mapping[nn.Module, str], standing: Mapping[nn.Module, int], at_work: list[str], tally: Tally
+) -> Iterator[None]:
     """Keep `at_work` the path of the module that computes, and count what stands for several."""
 
     def enter(module: nn.Module, args: Any) -> None:
         at_work.append(modules.get(module, at_work[-1] if at_work else ""))
         tally.times *= standing.get(module, 1)
-        if size := streamed.get(module):
-            tally.move("host_to_device", size)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         at_work.pop()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from framefit.families.parts import Parts
 from framefit.passes import offload
 
-__all__ = ["Placed", "placed", "streamed"]
+__all__ = ["Placed", "placed", "watch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,15 +21,18 @@ class Placed:
     """By component, with the rooms that its blocks pass through."""
     host_bytes: int = 0
     pinned_bytes: int = 0
-    onload_bytes: int = field(default=0)
+    onload_bytes: int = 0
     """That come to the device as a whole when the phase begins."""
 
 
-def streamed(parts: Parts) -> dict[nn.Module, int]:
-    """Module -> bytes that come to the device whenever it is called."""
+def watch(parts: Parts, asked: Callable[[int], None]) -> None:
+    """Call `asked` with the bytes of whatever streams to the device, when it is needed there.
+
+    Of two calls that follow each other closely the second may find it there still: these bytes are the most.
+    """
     found = offload.placed(parts)
-    components = found.components.values() if found else ()
-    return {unit.module: unit.slab.bytes for component in components for unit in component.stream.units}
+    for component in found.components.values() if found else ():
+        component.stream.asked = lambda unit: asked(unit.slab.bytes)
 
 
 def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module, int], used: Sequence[str]) -> Placed:
