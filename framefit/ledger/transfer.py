@@ -40,6 +40,7 @@ class Slab:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.tensors = tuple(tensors)
+        self._strides = [_dense(tensor) for tensor in self.tensors]
         self.offsets: list[int] = []
         end = 0
         for tensor in self.tensors:
@@ -68,8 +69,8 @@ class Slab:
         return [
             memory[begin : begin + tensor.numel() * tensor.element_size()]
             .view(tensor.dtype)
-            .as_strided(tensor.shape, _dense(tensor))
-            for tensor, begin in zip(self.tensors, self.offsets, strict=True)
+            .as_strided(tensor.shape, strides)
+            for tensor, begin, strides in zip(self.tensors, self.offsets, self._strides, strict=True)
         ]
 
 
@@ -132,12 +133,13 @@ class CardTransfer(Transfer):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
     def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
         """Raises `DoesNotFit` where the host has no memory to pin."""
         slab = Slab(tensors)
         slab.pack(_mapped)
-        _pin(slab.host)
+        self._pin(slab.host)
         pinned = -(-slab.bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self.pinned_bytes += pinned
         # of the slab, which dies before its memory does; a process that ends has nothing to unpin
@@ -170,9 +172,17 @@ class CardTransfer(Transfer):
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
+    def _pin(self, memory: torch.Tensor) -> None:
+        if code := int(self._runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)):
+            reason = self._runtime.cudaGetErrorString(self._runtime.cudaError(code))
+            raise DoesNotFit(
+                f"{memory.nbytes / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
+                f"offload=none."
+            )
+
     def _unpin(self, address: int, bytes: int) -> None:
         self._stream.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        self._runtime.cudaHostUnregister(address)
         self.pinned_bytes -= bytes
 
 
@@ -206,17 +216,6 @@ def _mapped(bytes: int) -> torch.Tensor:
         with contextlib.suppress(OSError):  # pinning goes page by page, and few are soon pinned
             held.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(held, dtype=torch.uint8)
-
-
-def _pin(memory: torch.Tensor) -> None:
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE))
-    if code:
-        reason = cudart.cudaGetErrorString(cudart.cudaError(code))
-        raise DoesNotFit(
-            f"{memory.nbytes / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, raise the "
-            f"limit on locked memory (ulimit -l), or use offload=none."
-        )
 
 
 def _dense(tensor: torch.Tensor) -> tuple[int, ...]:
