@@ -140,20 +140,20 @@ class Estimate:
         known = [phase.seconds for phase in self.phases if phase.seconds is not None]
         return sum(known) if known else None
 
-    def to_json(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
+        """What a plan says of it on its first level."""
         return {
-            "weights_bytes": self.weights_bytes, "free_bytes": self.free_bytes, "origin": self.origin,
             "phases": [asdict(phase) for phase in self.phases], "seconds": self.seconds,
             "binding_phase": self.binding.name if self.binding else None,
             "peak_vram_bytes": max((phase.peak_vram_bytes for phase in self.phases), default=None),
         }  # fmt: skip
 
+    def to_json(self) -> dict[str, Any]:
+        return {"weights_bytes": self.weights_bytes, "free_bytes": self.free_bytes, "origin": self.origin}
+
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(
-            weights_bytes=data["weights_bytes"], free_bytes=data["free_bytes"], origin=data.get("origin", ""),
-            phases=tuple(PhaseEstimate(**phase) for phase in data.get("phases", ())),
-        )  # fmt: skip
+    def from_json(cls, data: dict[str, Any], phases: list[dict[str, Any]]) -> Self:
+        return cls(**data, phases=tuple(PhaseEstimate(**phase) for phase in phases))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,6 +198,7 @@ class Plan:
             "device": self.device.to_json(),
             "precision": self.precision,
             "settings": settings,
+            **self.estimate.told(),
             "estimate": self.estimate.to_json(),
             "photos": dict(self.photos),
             "reasons": dict(self.reasons),
@@ -212,7 +213,7 @@ class Plan:
             device=Device.from_json(data["device"]),
             precision=data["precision"],
             settings=settings,
-            estimate=Estimate.from_json(data["estimate"]),
+            estimate=Estimate.from_json(data["estimate"], data.get("phases", [])),
             photos=data["photos"],
             reasons=data["reasons"],
         )

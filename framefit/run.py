@@ -21,7 +21,7 @@ from framefit.families.files import fingerprint
 from framefit.ledger import Ledger, StepLog
 from framefit.pipeline import Step, load
 from framefit.plan import Plan
-from framefit.planning import check_fits
+from framefit.planning import check_fits, estimated
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
@@ -91,7 +91,10 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     checkpoint, plan = prepare(request, options)
     if checkpoint.folder is not None:  # what a folder lacks is told before what it would need
         hub.locate(checkpoint)
-    check_runs(plan)
+    plan.device.check_here()
+    if plan.device.id != "cpu":  # seconds of planning before minutes of running
+        plan = estimated(plan, checkpoint)
+    check_fits(plan)
     _check_output(plan, output, options)
     weights = fingerprint(hub.locate(checkpoint))
     if options.weights not in (None, weights):

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from framefit.profiling.counts import Counts
 
 from framefit import cards, cli, doctor, rates, smi
 from framefit.cards import CARDS
 from framefit.device import Device
 from framefit.errors import DoesNotFit, UsageError
+from framefit.ledger.counts import Counts
 from framefit.profiling import measure, unseen
 from framefit.rates import ATTAINED, Rates, Unseen
 from framefit.smi import Others, Smi

@@ -135,7 +135,7 @@ def test_the_same_video_to_the_last_bit(
     id: str, value: str, deep: Deep, make_plan: Make, stays: Callable[[str, Plan], Made]
 ) -> None:
     row = deep(id)
-    for guidance in ((4.0,), (1.0,)):
+    for guidance in ((4.0,), (1.0,))[: 2 if value == "block" else 1]:
         expected = stays(id, make_plan(row, guidance=guidance))
         plan = make_plan(row, guidance=guidance, settings={"offload": value})
         assert plan.setting(Offload).value == value
@@ -143,7 +143,8 @@ def test_the_same_video_to_the_last_bit(
         found = made(plan, parts)
         assert found[0].std() > 0.1
         assert same(found, expected)
-    assert same(made(plan, parts), expected), "the same pipeline once more"
+    if value == "block":
+        assert same(made(plan, parts), expected), "the same pipeline once more"
     assert placement(parts).in_use == ()
 
 
@@ -381,8 +382,11 @@ def test_weights_that_exceed_the_hosts_memory_are_refused(deep: Deep, make_plan:
     check_fits(replace(plan, device=replace(card, ram_free_bytes=2**36)))
 
 
-@pytest.mark.parametrize("value", ["part", "block", "leaf"])
-@pytest.mark.parametrize("id", ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl"])
+@pytest.mark.parametrize(
+    ("id", "value"),
+    [("wan2.2-i2v-a14b", "part"), ("wan2.2-i2v-a14b", "block"), ("wan2.2-i2v-a14b", "leaf"),
+     ("easyanimate-v5.1-7b-inp", "block"), ("i2vgen-xl", "leaf")],
+)  # fmt: skip
 def test_one_block_of_the_dry_run_stands_for_the_rest(
     id: str, value: str, deep: Deep, make_plan: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,8 +400,10 @@ def test_one_block_of_the_dry_run_stands_for_the_rest(
         assert one.bytes["host_to_device"] == other.bytes["host_to_device"], one.name
 
 
-@pytest.mark.parametrize("value", MOVING)
-@pytest.mark.parametrize("id", ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl"])
+@pytest.mark.parametrize(
+    ("id", "value"),
+    [*(("wan2.2-i2v-a14b", value) for value in MOVING), ("easyanimate-v5.1-7b-inp", "leaf"), ("i2vgen-xl", "block")],
+)
 def test_the_dry_run_says_what_a_run_moves_and_holds(
     id: str, value: str, deep: Deep, make_plan: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,21 +73,23 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._peak = outer
 
     @contextmanager
-    def rise(self) -> Iterator[list[int]]:
-        """A list that holds, once the block is over, by how much the bytes rose in it at the most."""
+    def rise(self) -> Iterator[Peak]:
+        """A peak that holds, once the block is over, what came on top in it when it was most."""
         outer, self._peak = self._peak, Peak(bytes=self._bytes)
-        entered, found = self._bytes, [0]
+        entered, before = self._bytes, {id(held) for held, _ in self._alive.values()}
+        found = Peak()
         try:
             yield found
         finally:
             inner, self._peak = self._peak, outer
-            found[0] = inner.bytes - entered
+            found.bytes = inner.bytes - entered
+            found.held = [held for held in inner.held if id(held) not in before]
             if inner.bytes > outer.bytes:
                 outer.bytes, outer.held = inner.bytes, inner.held
 
-    def rose(self, bytes: int, what: str) -> None:
-        """Something ran that took `bytes` more at the most, and left nothing."""
-        self._look(Held(bytes, what, (), "", self._module()))
+    def rose(self, rise: Peak) -> None:
+        """Something ran that came to `rise` on top, and left nothing."""
+        self._look(rise.bytes, rise.held)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -95,7 +97,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
                 self._meet(leaf, func)
         if extra := self._workspace(func, args, result):
-            self._look(self._held(extra, f"workspace of {_name(func)}", result))
+            held = self._held(extra, f"workspace of {_name(func)}", result)
+            self._look(held.bytes, [held])
         return result
 
     def _meet(self, tensor: torch.Tensor, func: Any) -> None:
@@ -116,11 +119,11 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         dtype = str(tensor.dtype).removeprefix("torch.")
         return Held(block_bytes(bytes), operator, tuple(tensor.shape), dtype, self._module())
 
-    def _look(self, *passing: Held) -> None:
-        """Whether this is the most so far; `passing` are gone when the operator is done."""
-        bytes = self._bytes + sum(held.bytes for held in passing)
-        if bytes > self._peak.bytes:
-            self._peak.bytes, self._peak.held = bytes, [*(held for held, _ in self._alive.values()), *passing]
+    def _look(self, bytes: int = 0, passing: Iterable[Held] = ()) -> None:
+        """Whether this is the most so far, with the `bytes` of what is gone again when it is done."""
+        if self._bytes + bytes > self._peak.bytes:
+            self._peak.bytes = self._bytes + bytes
+            self._peak.held = [*(held for held, _ in self._alive.values()), *passing]
 
 
 def _name(func: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -67,6 +67,7 @@ def followed(
     tally = Tally()
     way = _Way(parts, plan, live, tally)
     with ExitStack() as stack:
+        stack.enter_context(_fakeness(parts))
         stack.enter_context(_following(modules, standing, at_work, tally))
         watch(parts, lambda bytes: tally.move("host_to_device", bytes))
         for part in parts.components.values():
@@ -105,7 +106,7 @@ class _Way:
         family = family_of(parts.checkpoint)
         photo = Image.new("RGB", (request.width, request.height))
         last = photo if request.last_image else None
-        with self._phase("encode_text", *TEXT_ENCODERS):
+        with self._phase("encode_text", *TEXT_ENCODERS), unset_fake_temporarily():  # it asks how many tokens there are
             conditioning = family.encode_text(parts, request, lambda sentence: None)
         with self._phase("encode_image", *IMAGE_ENCODERS):
             latents, image = family.encode_image(parts, request, photo, last, torch.Generator())
@@ -157,6 +158,12 @@ def _fake(
                 cast(Any, part).tie_weights()
     parts.device = torch.device("cpu")
     return parts, weights, standing
+
+
+def _fakeness(parts: Parts) -> AbstractContextManager[object]:
+    """In it what the program makes itself, as noise, is fake where the weights are."""
+    first = next(_tensors(parts))
+    return first.fake_mode if isinstance(first, FakeTensor) else nullcontext()
 
 
 def _own(part: nn.Module) -> list[torch.Tensor]:
@@ -246,7 +253,7 @@ class _Last:
     shapes: Any = None
     times: int = 0
     """In a row."""
-    rise: int = 0
+    rise: Peak = field(default_factory=Peak)
     counts: Counts = field(default_factory=Counts)
     result: Any = None
     """Its tensors on the meta device."""
@@ -258,14 +265,14 @@ def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tall
     last.shapes = shapes
     counts = tally.counts
     if last.times > 2:
-        live.rose(last.rise, "a call as before")
+        live.rose(last.rise)
         counts.flops.update(last.counts.flops)
         counts.bytes.update(last.counts.bytes)
         return tree_map_only(torch.Tensor, lambda meta: torch.empty_like(meta, device="cpu"), last.result)
     before = Counts(counts.flops.copy(), counts.bytes.copy())
     with live.rise() as rise:
         result = forward(*args, **kwargs)
-    last.rise, last.counts = rise[0], Counts(counts.flops - before.flops, counts.bytes - before.bytes)
+    last.rise, last.counts = rise, Counts(counts.flops - before.flops, counts.bytes - before.bytes)
     last.result = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), result)
     return result
 
