@@ -139,8 +139,8 @@ class CardTransfer(Transfer):
         """Raises `DoesNotFit` where the host has no memory to pin."""
         slab = Slab(tensors)
         slab.pack(_mapped)
-        self._pin(slab.host)
-        pinned = -(-slab.bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        pinned = -(-slab.bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, as they are mapped
+        self._pin(slab.host.data_ptr(), pinned)
         self.pinned_bytes += pinned
         # of the slab, which dies before its memory does; a process that ends has nothing to unpin
         weakref.finalize(slab, self._unpin, slab.host.data_ptr(), pinned).atexit = False
@@ -172,11 +172,11 @@ class CardTransfer(Transfer):
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
-    def _pin(self, memory: torch.Tensor) -> None:
-        if code := int(self._runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)):
+    def _pin(self, address: int, bytes: int) -> None:
+        if code := int(self._runtime.cudaHostRegister(address, bytes, PORTABLE)):
             reason = self._runtime.cudaGetErrorString(self._runtime.cudaError(code))
             raise DoesNotFit(
-                f"{memory.nbytes / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
+                f"{bytes / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
                 f"offload=none."
             )
 
