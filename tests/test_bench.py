@@ -112,6 +112,13 @@ def test_a_setting_is_measured_with_the_maths_it_makes(tmp_path: Path) -> None:
     assert 0 < row.quality["relative_l2"] < 1e-5
 
 
+@pytest.mark.parametrize("scenario", [SCENARIOS["tiny-wan"], SMALL_DECODES[0]], ids=lambda s: s.name)
+def test_weights_that_come_and_go_are_measured(scenario: Scenario, tmp_path: Path) -> None:
+    row = both(scenario, tmp_path, Variant(name="+ offload=block", engine="framefit", settings={"offload": "block"}))[1]
+    assert row.settings["offload"] == "block"
+    assert row.quality["max_abs"] == 0.0
+
+
 def test_a_profiled_row_says_where_its_time_goes(tmp_path: Path) -> None:
     job = Job(scenario=SCENARIOS["tiny-wan"], variant=FRAMEFIT, weights="random", repeats=1, profile=True)
     found = run(job)

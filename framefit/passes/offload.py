@@ -37,8 +37,8 @@ def apply(parts: Parts, setting: Offload) -> None:
     if setting.level == "none":
         return
     models = {name: part for name, part in parts.components.items() if isinstance(part, nn.Module)}
-    blocks = min(len(_blocks(models[expert])) for expert in parts.checkpoint.experts if expert in models)
-    if setting.kept >= blocks:
+    blocks = min((len(_blocks(models[expert])) for expert in parts.checkpoint.experts), default=0)
+    if 0 < blocks <= setting.kept:
         raise UsageError(
             f"offload={setting.value} keeps {setting.kept} blocks on the device and the denoiser of "
             f"{parts.checkpoint.id} has {blocks}: use offload=block:K with K from 1 to {blocks - 1}, or offload=part "
