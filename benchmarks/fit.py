@@ -35,10 +35,10 @@ from framefit.checkpoint import State
 from framefit.device import Device
 from framefit.errors import DoesNotFit
 from framefit.families import CHECKPOINTS, Checkpoint
-from framefit.families.parts import Parts
+from framefit.families.parts import PRECISIONS, Parts
 from framefit.ledger import Ledger
 from framefit.passes import apply_all, offload
-from framefit.pipeline import PRECISIONS, Pipeline
+from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.planning import choose, estimated
 from framefit.planning.traces import traced

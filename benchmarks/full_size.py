@@ -21,9 +21,10 @@ import torch
 from framefit.checkpoint import RunFolder, State, Writer
 from framefit.device import Device
 from framefit.families import CHECKPOINTS
+from framefit.families.parts import PRECISIONS
 from framefit.ledger import Ledger
 from framefit.passes import apply_all
-from framefit.pipeline import PRECISIONS, Pipeline
+from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.planning import choose
 from framefit.request import Request

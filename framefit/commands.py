@@ -127,7 +127,10 @@ def _phases(plan: Plan) -> list[tuple[object, ...]]:
         most = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in list(phase.held.items())[:2])
         rows.append((phase.name + mark, seconds, card, f"{phase.host_bytes / 2**30:.2f}", most))
     total = "-" if estimate.seconds is None else f"{estimate.seconds:.3g}"
-    return [*rows, ("in all", total, f"{estimate.peak_bytes / 2**30:.2f}" if on_card else "", "", estimate.origin)]
+    return [
+        *rows,
+        ("after loading", total, f"{estimate.peak_bytes / 2**30:.2f}" if on_card else "", "", estimate.origin),
+    ]
 
 
 def _budget(plan: Plan) -> str:
@@ -206,7 +209,8 @@ def _losses(flags: Namespace, pipeline: Pipeline) -> list[Loss]:
     """Of the plan's layers, beside those of the model with nothing changed."""
     from framefit.profiling.layers import losses, untouched
 
-    flags.precision, flags.settings, flags.untuned = None, [], True
+    # the limit is for the plan's model, which is loaded
+    flags.precision, flags.settings, flags.untuned, flags.vram = None, [], True, None
     checkpoint, reference = _prepared(flags)
     chosen = [(plan.precision, [(s.type, s.value) for s in plan.settings]) for plan in (pipeline.plan, reference)]
     if chosen[0] == chosen[1]:

@@ -24,7 +24,7 @@ from framefit.checkpoint import State
 from framefit.errors import Cancelled, NotFinite
 from framefit.families import Checkpoint, family_of, hub, lora
 from framefit.families.files import check_headers
-from framefit.families.parts import IMAGE_ENCODERS, TEXT_ENCODERS, Parts, Tensors, load_parts
+from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors, load_parts
 from framefit.ledger import Ledger
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
@@ -32,11 +32,9 @@ from framefit.plan import Plan
 from framefit.schedule import Schedule
 from framefit.video import Frame, Video
 
-__all__ = ["PRECISIONS", "Pipeline", "Step", "load"]
+__all__ = ["Pipeline", "Step", "load"]
 
 T = TypeVar("T")
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)

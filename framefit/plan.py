@@ -136,9 +136,9 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Of all phases whose seconds are known."""
-        known = [phase.seconds for phase in self.phases if phase.seconds is not None]
-        return sum(known) if known else None
+        """After loading; None where those of a phase are not known."""
+        known = [phase.seconds for phase in self.phases if phase.name != "load"]
+        return None if not known or None in known else sum(seconds for seconds in known if seconds is not None)
 
     def told(self) -> dict[str, Any]:
         """What a plan says of it on its first level."""

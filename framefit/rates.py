@@ -76,7 +76,7 @@ class Unseen:
             origin="assumed", context_bytes=2**29, kernels_bytes=2**28,
             # aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize; torch 2.11 and 2.13 differ for 12.0
             cublas_workspace_bytes=2**25 if compute_capability >= (9, 0) else 8 * 2**20 + 2**17,
-            convolution={}, rounding=1.0, reserved={"denoise": 1.05, "decode": 1.05},
+            convolution={}, rounding=1.0, reserved={"denoise": 1.05, "decode": 1.12},
         )  # fmt: skip
 
     @classmethod

@@ -92,11 +92,11 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     if checkpoint.folder is not None:  # what a folder lacks is told before what it would need
         hub.locate(checkpoint)
     plan.device.check_here()
+    _check_output(plan, output, options)
+    weights = fingerprint(hub.locate(checkpoint))
     if plan.device.id != "cpu":  # seconds of planning before minutes of running
         plan = estimated(plan, checkpoint)
     check_fits(plan)
-    _check_output(plan, output, options)
-    weights = fingerprint(hub.locate(checkpoint))
     if options.weights not in (None, weights):
         logging.getLogger("framefit").warning(
             "the weights of %s are others than the file was made with (fingerprint %s, here %s): expect other frames.",

@@ -131,8 +131,9 @@ def _random_model(component: Component, dtype: torch.dtype, device: torch.device
     finally:
         torch.set_default_dtype(usual)
     kept = getattr(model, "_keep_in_fp32_modules", None) or []
+    keeps = component.package == "diffusers" or dtype == torch.float16  # transformers keeps them for fp16 alone
     for name, parameter in model.named_parameters():
-        if component.package == "diffusers" and set(name.split(".")) & set(kept):
+        if keeps and set(name.split(".")) & set(kept):
             parameter.data = parameter.data.float()
     return model
 

@@ -60,7 +60,7 @@ def test_bytes_and_seconds_come_from_the_trace_and_the_device(photo: Path) -> No
     assert [phase.name for phase in plan.estimate.phases] == ["load", "encode_text", "denoise:unet", "decode"]
     assert plan.estimate.binding == decode
     assert plan.estimate.peak_bytes == decode.peak_vram_bytes >= 7 * GIB + 2**25  # 32 MiB is cuBLAS's on Hopper
-    assert decode.peak_vram_bytes < 7.4 * GIB
+    assert decode.peak_vram_bytes < 7.5 * GIB
     assert decode.host_bytes == 512 * 512 * 16 * 3
     assert load.host_bytes == 2 * I2VGEN["unet"].params
     assert list(denoise.held)[:2] == ["weights of the unet", "weights of the vae"]
@@ -68,18 +68,23 @@ def test_bytes_and_seconds_come_from_the_trace_and_the_device(photo: Path) -> No
     assert denoise.seconds is not None
     assert 25 < denoise.seconds < 45
     assert plan.estimate.seconds == pytest.approx(sum(phase.seconds or 0 for phase in plan.estimate.phases))
+    t4 = estimated(plan_of(photo, Device.named("t4")), I2VGEN)
+    assert t4.estimate.phases[2].seconds is None  # the trace's bf16, which this card has no rate for
+    assert t4.estimate.seconds is None
     assert "data sheet" in plan.estimate.origin
 
 
 @pytest.mark.usefixtures("given")
-@pytest.mark.parametrize(("vram_gib", "fits"), [(6.9, False), (7.5, True)])
+@pytest.mark.parametrize(("vram_gib", "fits"), [(6.9, False), (7.6, True)])
 def test_what_is_called_feasible_stays_within_the_budget(vram_gib: float, fits: bool, photo: Path) -> None:
     device = Device.named("h100-80gb", vram_bytes=int(vram_gib * GIB))
     plan = estimated(plan_of(photo, device), I2VGEN)
     assert plan.feasible == fits
     assert fits == all(phase.peak_vram_bytes <= device.budget_bytes for phase in plan.estimate.phases)
     if not fits:
-        with pytest.raises(DoesNotFit, match=r"needs 7\.\d GiB in its phase decode in bf16 .* 6\.9 GiB by --vram"):
+        with pytest.raises(
+            DoesNotFit, match=r"needs 7\.\d GiB in its phase decode in bf16 .* 6\.9 GiB by --vram: use a smaller --size"
+        ):
             check_fits(plan)
 
 
@@ -93,6 +98,20 @@ def test_without_a_card_it_is_the_host_that_holds_everything(photo: Path) -> Non
     assert plan.estimate.binding.name == "load"  # the true weights in fp32
     assert plan.estimate.peak_bytes == sum(4 * part.params for part in I2VGEN.components)
     assert not plan.feasible
+
+
+def test_a_dry_run_that_fails_leaves_the_weights(
+    photo: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def traced(plan: Plan, checkpoint: Any) -> None:
+        raise NotImplementedError("an operator without a fake")
+
+    monkeypatch.setattr(estimate, "traced", traced)
+    plan = plan_of(photo, Device.named("h100-80gb"))
+    assert estimated(plan, I2VGEN) == plan
+    assert "NotImplementedError: an operator without a fake" in caplog.text
+    assert plan.feasible
+    assert plan.estimate.peak_bytes == plan.estimate.weights_bytes
 
 
 @pytest.mark.usefixtures("given")
@@ -131,7 +150,7 @@ def test_from_the_command_line_to_the_table(
         main(asked)
     assert ended.value.code == 0
     table = capsys.readouterr().out
-    for phase in ("load", "encode_text", "denoise:transformer_2", "decode", "in all"):
+    for phase in ("load", "encode_text", "denoise:transformer_2", "decode", "after loading"):
         assert phase in table
     assert "data sheet" in table
     code = f"import sys; from framefit.cli import main; main({[*asked, '--json']!r}); assert 'torch' not in sys.modules"

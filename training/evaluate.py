@@ -498,6 +498,7 @@ def _facts(model: Model, photos: Sequence[Path]) -> Json:
         "steps": plan.request.steps,
         "num_frames": plan.request.num_frames,
         "guidance_scale": list(plan.request.guidance),
+        "loras": [{"file": lora.file.name, "sha256": lora.sha256, "scale": lora.scale} for lora in plan.request.loras],
         "photos": {path.name: photo.sha256(path) for path in photos},
     }
 

@@ -96,7 +96,8 @@ def main() -> None:
         for prefix, student in zip(("transformer", "transformer_2"), students, strict=True)
         for name, value in get_peft_model_state_dict(student).items()
     }
-    save_file(weights, options.out / "few_step.safetensors")
+    if finished:
+        save_file(weights, options.out / "few_step.safetensors")
     report = {
         "finished": finished, "step": trainee.step, "seconds": trainee.seconds, "prepared_s": round(prepared_s, 1),
         "recipe": settings, "pace": asdict(pace), "parameters": sum(w.numel() for w in weights.values()),
@@ -129,8 +130,9 @@ def ended(
         photos, states = torch.cat([photos, photos]), torch.cat([states, empty.expand_as(states)])
     schedule = Schedule(package.scheduler(shift), steps, noise.device)
     latents = noise
-    for t in schedule.timesteps:
-        model = models[0] if t >= BOUNDARY * schedule.train_timesteps else models[1]
+    levels = schedule.timesteps.tolist()  # once: to ask the device waits for it
+    for level, t in zip(levels, schedule.timesteps, strict=True):
+        model = models[0] if level >= BOUNDARY * schedule.train_timesteps else models[1]
         given = latents if empty is None else torch.cat([latents, latents])
         predicted = model(
             hidden_states=torch.cat([given, photos], dim=1).to(model.dtype),

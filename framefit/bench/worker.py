@@ -31,12 +31,12 @@ from framefit.checkpoint import State
 from framefit.device import Device
 from framefit.errors import FramefitError, UsageError
 from framefit.families import Checkpoint, hub
-from framefit.families.parts import Parts, Tensors, load_parts
+from framefit.families.parts import PRECISIONS, Parts, Tensors, load_parts
 from framefit.families.pixels import to_frames
 from framefit.ledger import Ledger
 from framefit.ledger.counts import Tally, count
 from framefit.passes import apply_all
-from framefit.pipeline import PRECISIONS, Pipeline
+from framefit.pipeline import Pipeline
 from framefit.plan import Plan, Tier
 from framefit.planning import choose
 from framefit.profiling import breakdown, ceilings

@@ -18,8 +18,8 @@ from framefit.families.checkpoint import Checkpoint, Component
 from framefit.request import ResolvedRequest
 
 __all__ = [
-    "IMAGE_ENCODERS", "TEXT_ENCODERS", "Family", "Notice", "Parts", "Placement", "Tensors", "build", "load_parts",
-    "noise",
+    "IMAGE_ENCODERS", "PRECISIONS", "TEXT_ENCODERS", "Family", "Notice", "Parts", "Placement", "Tensors", "build",
+    "load_parts", "noise",
 ]  # fmt: skip
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -28,6 +28,8 @@ IMAGE_ENCODERS = ("image_encoder", "vae")
 
 Tensors = dict[str, torch.Tensor]
 """Named conditioning. The first axis is the guidance branch, negative before positive; 1 where both share it."""
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Notice = Callable[[str], None]
 """Tells the user one sentence."""

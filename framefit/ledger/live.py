@@ -94,7 +94,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.layout == torch.strided:
                 self._meet(leaf, func)
         if extra := self._workspace(func, args, result):
             held = self._held(extra, f"workspace of {_name(func)}", result)

@@ -20,10 +20,10 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from framefit.families import Checkpoint, family_of
-from framefit.families.parts import IMAGE_ENCODERS, TEXT_ENCODERS, Parts
+from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
@@ -35,7 +35,6 @@ from framefit.testing import random_parts
 
 __all__ = ["followed", "trace"]
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution, torch.ops.aten.cudnn_convolution}
 FEW = 3
 """Equal blocks up to which all of them are traced."""
@@ -70,9 +69,7 @@ def followed(
         stack.enter_context(_fakeness(parts))
         stack.enter_context(_following(modules, standing, at_work, tally))
         watch(parts, lambda bytes: tally.move("host_to_device", bytes))
-        for part in parts.components.values():
-            if isinstance(part, nn.Module):
-                stack.enter_context(_steady(part, live, tally))
+        stack.enter_context(_steady(parts["vae"], live, tally))
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
@@ -152,7 +149,9 @@ def _fake(
             if not isinstance(part, nn.Module):
                 continue
             weights[name] = sum(block_bytes(t.nbytes) for t in _own(part))
-            standing |= {} if name in whole else _shortened(part)
+            # nothing is left by layer
+            if name not in whole and (name in checkpoint.experts or "T5Encoder" in checkpoint[name].class_name):
+                standing |= _shortened(part)
             part.to_empty(device="cpu")
             if checkpoint[name].package == "transformers":
                 cast(Any, part).tie_weights()
@@ -243,7 +242,7 @@ def _steady(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
         yield
     finally:
         for child in children:
-            del child.forward
+            del child.forward  # the class's is there again
 
 
 @dataclass(slots=True)
@@ -260,7 +259,7 @@ class _Last:
 
 
 def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tally, *args: Any, **kwargs: Any) -> Any:
-    shapes = tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+    shapes = tree_map_only(torch.Tensor, lambda tensor: (tuple(tensor.shape), tensor.dtype), (args, kwargs))
     last.times = last.times + 1 if shapes == last.shapes else 1
     last.shapes = shapes
     counts = tally.counts

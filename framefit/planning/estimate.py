@@ -8,6 +8,7 @@ No torch is needed where the plan was traced before.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
@@ -27,13 +28,25 @@ NAMED = 8
 
 
 def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
-    """`plan` with the estimate of every phase; a few seconds the first time."""
+    """`plan` with the estimate of every phase; a few seconds the first time.
+
+    Where the dry run fails, which is told, the plan comes back with the bytes of its weights alone.
+    """
+    try:
+        traces = traced(plan, checkpoint)
+    except Exception as error:  # libraries that it has not met; a run does not depend on it
+        told = " ".join(str(error).split())[:200]
+        logging.getLogger("framefit").warning(
+            "the dry run of %s failed (%s: %s): no phase is estimated, only its weights.",
+            checkpoint.id, type(error).__name__, told,
+        )  # fmt: skip
+        return plan
     known = rates.of(plan.device)
-    phases = tuple(_phase(trace, plan, checkpoint, known) for trace in traced(plan, checkpoint))
+    phases = tuple(_phase(trace, plan, checkpoint, known) for trace in traces)
     return replace(
         plan, estimate=Estimate(
             weights_bytes=plan.estimate.weights_bytes, free_bytes=plan.estimate.free_bytes,
-            phases=(_load(plan, phases, checkpoint), *phases), origin=_origin(known),
+            phases=(_load(plan, checkpoint), *phases), origin=_origin(known),
         ),
     )  # fmt: skip
 
@@ -52,10 +65,11 @@ def check_fits(plan: Plan) -> None:
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding
     what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
     given = "free" if plan.device.vram_limit_bytes is None else "by --vram"
+    fewer = "" if plan.estimate.weights_bytes > plan.estimate.free_bytes else "a smaller --size, fewer --frames, "
     raise DoesNotFit(
         f"{plan.request.model} needs {need / 2**30:.1f} GiB {what} in {plan.precision} and {plan.device.name} has "
-        f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: use a smaller model (framefit models ls) or a larger "
-        f"device."
+        f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: use {fewer}a smaller model (framefit models ls) or a "
+        f"larger device."
     )
 
 
@@ -109,7 +123,7 @@ def _seconds(trace: PhaseTrace, times: int, known: Rates | None) -> float | None
     return times * total
 
 
-def _load(plan: Plan, phases: tuple[PhaseEstimate, ...], checkpoint: Checkpoint) -> PhaseEstimate:
+def _load(plan: Plan, checkpoint: Checkpoint) -> PhaseEstimate:
     """Every component is read to the host whole, and then moved, unless it stays there."""
     width = {"fp32": 4}.get(plan.precision, 2)
     sizes = {c.name: c.params * (4 if c.keep_fp32 else width) for c in checkpoint.components if c.params}

@@ -81,7 +81,7 @@ def _key(plan: Plan, checkpoint: Checkpoint) -> str:
         "model": [checkpoint.family, checkpoint.layout, checkpoint.first_frame_clean, checkpoint.max_tokens],
         "work": [request.width, request.height, request.num_frames, request.last_image is not None],
         "guided": [scale > 1 for scale in request.guidance], "precision": plan.precision,
-        "settings": {setting.type: setting.value for setting in plan.settings},
+        "settings": {setting.type: setting.value for setting in plan.settings}, "card": plan.device.id != "cpu",
     }  # fmt: skip
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -17,7 +17,7 @@ import torch
 
 from framefit import rates
 from framefit.device import Device
-from framefit.pipeline import PRECISIONS
+from framefit.families.parts import PRECISIONS
 from framefit.rates import Rates
 
 __all__ = ["measure"]

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from framefit.checkpoint import State
 from framefit.families import Checkpoint, hub, lora
-from framefit.families.parts import load_parts
-from framefit.pipeline import PRECISIONS, Pipeline
+from framefit.families.parts import PRECISIONS, load_parts
+from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.profiling.profile import take_step
 

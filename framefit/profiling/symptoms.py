@@ -70,10 +70,10 @@ def throttled(case: Case) -> Evidence | None:
 
 
 def quality_loss(case: Case) -> Evidence | None:
-    if not case.losses or max(loss.whole for loss in case.losses) <= LOSS:
+    worst = next((loss for loss in case.losses if loss.whole > LOSS), None)
+    if worst is None:
         return None
-    worst = case.losses[0]
-    others = ", ".join(f"{loss.layer} {loss.added:.2g}" for loss in case.losses[1:])
+    others = ", ".join(f"{loss.layer} {loss.added:.2g}" for loss in case.losses if loss != worst)
     return {
         "layer": worst.layer, "added": worst.added, "whole": worst.whole, "share": worst.share,
         "others": f"; then {others}" if others else "", "losses": [loss.to_json() for loss in case.losses],

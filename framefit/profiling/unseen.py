@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from framefit import rates
 from framefit.apart import apart
-from framefit.pipeline import PRECISIONS
+from framefit.families.parts import PRECISIONS
 from framefit.profiling.ceilings import measure
 from framefit.rates import Rates, Unseen
 
