@@ -13,7 +13,7 @@ import math
 from dataclasses import replace
 
 from framefit import rates
-from framefit.errors import DoesNotFit
+from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Estimate, PhaseEstimate, Plan
 from framefit.planning.traces import PhaseTrace, traced
@@ -31,9 +31,14 @@ def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
     """`plan` with the estimate of every phase; a few seconds the first time.
 
     Where the dry run fails, which is told, the plan comes back with the bytes of its weights alone.
+
+    Raises:
+        UsageError: a pass refuses its setting for this model.
     """
     try:
         traces = traced(plan, checkpoint)
+    except UsageError:
+        raise
     except Exception as error:  # libraries that it has not met; a run does not depend on it
         told = " ".join(str(error).split())[:200]
         logging.getLogger("framefit").warning(
