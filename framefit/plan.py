@@ -27,6 +27,8 @@ class Setting:
     """One choice of a plan; every type of it is a class below."""
 
     type: ClassVar[str]
+    title: ClassVar[str]
+    """As a table of the plan heads it."""
     values: ClassVar[tuple[str, ...]]
     """The plain ones."""
     more: ClassVar[str] = ""
@@ -59,6 +61,7 @@ class Guidance(Setting):
     """
 
     type = "guidance"
+    title = "guidance branches"
     values = ("together", "apart")
 
 
@@ -71,6 +74,7 @@ class Offload(Setting):
     """
 
     type = "offload"
+    title = "offload of weights"
     values = ("none", "part", "block", "leaf")
     more = "block:K"
 
@@ -127,12 +131,16 @@ class Estimate:
     @property
     def binding(self) -> PhaseEstimate | None:
         """The phase that needs most of the card, or of RAM without one."""
-        return max(self.phases, key=lambda phase: phase.peak_vram_bytes or phase.host_bytes, default=None)
+        return max(self.phases, key=self._needs, default=None)
 
     @property
     def peak_bytes(self) -> int:
         """On the card, or in RAM without one; without a dry run the weights alone."""
-        return (self.binding.peak_vram_bytes or self.binding.host_bytes) if self.binding else self.weights_bytes
+        return self._needs(self.binding) if self.binding else self.weights_bytes
+
+    def _needs(self, phase: PhaseEstimate) -> int:
+        on_card = any(each.peak_vram_bytes for each in self.phases)
+        return phase.peak_vram_bytes if on_card else phase.host_bytes
 
     @property
     def seconds(self) -> float | None:

@@ -388,7 +388,11 @@ def test_weights_that_exceed_the_hosts_memory_are_refused(deep: Deep, make_plan:
     plan = estimated(replace(plan, device=card), row)
     with pytest.raises(DoesNotFit, match=r"offload=block keeps .* in RAM"):
         check_fits(plan)
-    check_fits(replace(plan, device=replace(card, ram_free_bytes=2**36)))
+    roomy = replace(plan, device=replace(card, ram_free_bytes=2**36))
+    check_fits(roomy)
+    needs = {phase.name: phase.peak_vram_bytes for phase in roomy.estimate.phases}
+    assert needs["load"] == 0
+    assert roomy.estimate.peak_bytes == max(needs.values())
 
 
 @pytest.mark.parametrize(
