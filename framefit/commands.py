@@ -101,7 +101,7 @@ def plan(flags: Namespace) -> int:
         ("seed", request.seed, reasons["seed"]),
         ("precision", plan.precision, reasons["precision"]),
         *(("lora", lora, reasons["loras"]) for lora in request.loras),
-        *((f"{s.type} branches", f"{s.value} [{s.tier}]", s.because) for s in plan.settings),
+        *((s.title, f"{s.value} [{s.tier}]", s.because) for s in plan.settings),
         (
             "weights",
             f"{plan.estimate.weights_bytes / 2**30:.2f} GiB",

@@ -24,7 +24,7 @@ from framefit.checkpoint import State
 from framefit.errors import Cancelled, NotFinite
 from framefit.families import Checkpoint, family_of, hub, lora
 from framefit.families.files import check_headers
-from framefit.families.parts import PRECISIONS, Parts, Tensors, load_parts
+from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors, load_parts
 from framefit.ledger import Ledger
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
@@ -64,7 +64,8 @@ def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pi
         folder = hub.locate(checkpoint)
         check_headers(folder, checkpoint)
         parts = load_parts(
-            checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id)
+            checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id),
+            on_host=plan.offload != "none",
         )  # fmt: skip
         lora.merge(parts, plan.request.loras)
         return Pipeline(plan, apply_all(parts, plan), ledger)
@@ -129,9 +130,11 @@ class Pipeline:
             return conditioning
 
         with self.ledger.phase("encode_text"):
-            text = self._within_range(("text_encoder", "text_encoder_2"), encode_text)
+            parts.use(*TEXT_ENCODERS)
+            text = self._within_range(TEXT_ENCODERS, encode_text)
         with self.ledger.phase("encode_image"):
-            latents, image = self._within_range(("image_encoder", "vae"), encode_image)
+            parts.use(*IMAGE_ENCODERS)
+            latents, image = self._within_range(IMAGE_ENCODERS, encode_image)
         # contiguous, as they are after a resume: kernels round by memory layout
         conditioning = {name: tensor.contiguous() for name, tensor in (text | image).items()}
         return State(step=0, latents=latents, conditioning=conditioning, scheduler={})
@@ -156,6 +159,8 @@ class Pipeline:
             with self.ledger.phase(f"denoise:{expert}"):
                 noisy = state.latents
                 prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale)
+                if index + 1 < len(schedule):  # its weights may come while this step is finished and saved
+                    self.parts.use(self._expert(schedule.timesteps[index + 1], schedule)[0])
                 state.latents = schedule.step(prediction, t, noisy)
                 state.step, state.scheduler = index + 1, schedule.state()
             seconds = time.perf_counter() - began
@@ -176,17 +181,20 @@ class Pipeline:
         state.move(self.parts.device)
         latents = self._family.settle(state.latents, state.conditioning)
         done = 0
-        while True:
-            try:
-                for chunk in self._timed(islice(self._family.decode(self.parts, latents), done, None)):
-                    done += 1
-                    for frame in chunk.numpy():
-                        if cancelled():
-                            raise Cancelled("stopped while the frames were decoded.")
-                        yield frame
-                return
-            except NotFinite as error:
-                self._to_fp32(("vae",), error)
+        try:
+            while True:
+                try:
+                    for chunk in self._timed(islice(self._family.decode(self.parts, latents), done, None)):
+                        done += 1
+                        for frame in chunk.numpy():
+                            if cancelled():
+                                raise Cancelled("stopped while the frames were decoded.")
+                            yield frame
+                    return
+                except NotFinite as error:
+                    self._to_fp32(("vae",), error)
+        finally:
+            self.parts.use()
 
     def experts(self) -> tuple[str, ...]:
         """Who denoises at each step of the request."""
@@ -221,12 +229,14 @@ class Pipeline:
             _check_finite([prediction], f"the {expert} at timestep {t:g}", prediction.dtype)
             return prediction.float()
 
+        self.parts.use(expert)
         return self._within_range((expert,), lambda: guided(self.parts, forward, scale))
 
     @torch.no_grad()
     def _preview(self, denoised: Callable[[], torch.Tensor], conditioning: Tensors) -> Frame:
         """The middle latent frame, decoded on its own."""
         latents = denoised()
+        self.parts.use("vae")
         middle = self._family.settle(latents, conditioning)[:, :, latents.shape[2] // 2].unsqueeze(2)
         frame: Frame = next(iter(self._family.decode(self.parts, middle)))[0].numpy()
         return frame
@@ -235,6 +245,7 @@ class Pipeline:
         """Each chunk, with the work behind it booked as decoding."""
         while True:
             with self.ledger.phase("decode"), torch.no_grad():
+                self.parts.use("vae")
                 chunk = next(chunks, None)
             if chunk is None:
                 return
@@ -253,7 +264,7 @@ class Pipeline:
         if not half:
             raise error
         for name in half:
-            self.parts[name].to(torch.float32)
+            self.parts.cast(name, torch.float32)
         self.ledger.note(f"{error} It runs in fp32 from here on ({', '.join(half)}).")
 
 

@@ -8,41 +8,94 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from framefit.device import Device
 from framefit.errors import UsageError
 from framefit.request import ResolvedRequest
 
-__all__ = ["SETTINGS", "Estimate", "Guidance", "PhaseEstimate", "Plan", "Setting", "Tier"]
+__all__ = ["SETTINGS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
+
+S = TypeVar("S", bound="Setting")
 
 Tier = Literal["exact", "near", "lossy"]
 """exact: the same maths reordered; near: a bounded numeric error; lossy: another computation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Guidance:
-    """How the two branches of classifier-free guidance run: in one forward, or one after the other.
+class Setting:
+    """One choice of a plan; every type of it is a class below."""
 
-    Apart halves the activations; together gives small models fuller kernels. The maths is the same.
-    """
-
-    type: ClassVar[str] = "guidance"
-    values: ClassVar[tuple[str, ...]] = ("together", "apart")
+    type: ClassVar[str]
+    title: ClassVar[str]
+    """As a table of the plan heads it."""
+    values: ClassVar[tuple[str, ...]]
+    """The plain ones."""
+    more: ClassVar[str] = ""
+    """A further form of value, as it is written for the user; empty: there is none."""
     tier: ClassVar[Tier] = "exact"
 
     value: str
     because: str = ""
 
     def __post_init__(self) -> None:
-        if self.value not in self.values:
-            raise UsageError(f"guidance={self.value} is unknown: use guidance={' or guidance='.join(self.values)}.")
+        if not self.accepts(self.value):
+            possible = " or ".join(f"{self.type}={value}" for value in self.possible())
+            raise UsageError(f"{self.type}={self.value} is unknown: use {possible}.")
+
+    @classmethod
+    def accepts(cls, value: str) -> bool:
+        return value in cls.values
+
+    @classmethod
+    def possible(cls) -> tuple[str, ...]:
+        """As they are written for the user."""
+        return (*cls.values, cls.more) if cls.more else cls.values
 
 
-Setting = Guidance
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guidance(Setting):
+    """How the two branches of classifier-free guidance run: in one forward, or one after the other.
+
+    Apart halves the activations; together gives small models fuller kernels. The maths is the same.
+    """
+
+    type = "guidance"
+    title = "guidance branches"
+    values = ("together", "apart")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offload(Setting):
+    """Where the weights are that are not at work: on the device, or in host memory.
+
+    In host memory a component comes as a whole for the phases that need it (part), or block by block or layer by
+    layer while it computes. The maths is the same.
+    """
+
+    type = "offload"
+    title = "offload of weights"
+    values = ("none", "part", "block", "leaf")
+    more = "block:K"
+
+    @classmethod
+    def accepts(cls, value: str) -> bool:
+        kind, colon, kept = value.partition(":")
+        return value in cls.values or (kind == "block" and bool(colon) and kept.isdecimal() and int(kept) > 0)
+
+    @property
+    def level(self) -> str:
+        """none, part, block or leaf."""
+        return self.value.partition(":")[0]
+
+    @property
+    def kept(self) -> int:
+        """Blocks of a denoiser that stay on the device while it is at work."""
+        return int(self.value.partition(":")[2] or 0)
+
+
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Offload)}
 """Every type of setting: the vocabulary of a plan."""
-
-SETTINGS: dict[str, type[Setting]] = {Guidance.type: Guidance}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +131,16 @@ class Estimate:
     @property
     def binding(self) -> PhaseEstimate | None:
         """The phase that needs most of the card, or of RAM without one."""
-        return max(self.phases, key=lambda phase: phase.peak_vram_bytes or phase.host_bytes, default=None)
+        return max(self.phases, key=self._needs, default=None)
 
     @property
     def peak_bytes(self) -> int:
         """On the card, or in RAM without one; without a dry run the weights alone."""
-        return (self.binding.peak_vram_bytes or self.binding.host_bytes) if self.binding else self.weights_bytes
+        return self._needs(self.binding) if self.binding else self.weights_bytes
+
+    def _needs(self, phase: PhaseEstimate) -> int:
+        on_card = any(each.peak_vram_bytes for each in self.phases)
+        return phase.peak_vram_bytes if on_card else phase.host_bytes
 
     @property
     def seconds(self) -> float | None:
@@ -124,11 +181,22 @@ class Plan:
 
     @property
     def feasible(self) -> bool:
-        """Whether its largest phase fits; without a dry run, whether the weights do."""
-        return self.estimate.peak_bytes <= self.estimate.free_bytes
+        """Whether its largest phase fits, on a card in RAM too; without a dry run, whether the weights do."""
+        return self.estimate.peak_bytes <= self.estimate.free_bytes and self.host_fits
 
-    def setting(self, kind: type[Setting]) -> Setting:
+    @property
+    def host_fits(self) -> bool:
+        """Whether the weights that are kept in RAM for a card fit there."""
+        needs = max((phase.host_bytes for phase in self.estimate.phases), default=0)
+        return self.device.id == "cpu" or self.offload == "none" or needs <= self.device.ram_free_bytes
+
+    def setting(self, kind: type[S]) -> S:
         return next(s for s in self.settings if isinstance(s, kind))
+
+    @property
+    def offload(self) -> str:
+        """The level; "none" too where a plan was made before there was one."""
+        return next((s.level for s in self.settings if isinstance(s, Offload)), "none")
 
     def to_json(self) -> dict[str, Any]:
         settings = [{"type": s.type, "tier": s.tier, "value": s.value, "because": s.because} for s in self.settings]

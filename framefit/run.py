@@ -73,11 +73,12 @@ class Options:
 
 
 def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
-    """`planning.prepare` with what `options` say of it."""
-    return planning.prepare(
+    """`planning.prepare` with what `options` say of it; with weights that come and go, what each phase needs too."""
+    checkpoint, plan = planning.prepare(
         request, device=options.device, vram_bytes=options.vram_bytes, ram_bytes=options.ram_bytes,
         preset=options.preset, settings=options.settings, precision=options.precision, use_tuned=options.use_tuned,
     )  # fmt: skip
+    return checkpoint, plan if plan.offload == "none" else planning.estimated(plan, checkpoint)
 
 
 def generate(request: Request, output: Path, options: Options | None = None) -> Report:

@@ -176,7 +176,8 @@ def test_every_flag_of_the_request_reaches_the_plan(call: Call, tiny: Tiny, phot
         "steps": 2, "guidance": [2.0, 3.0], "seed": 7, "shift": 3.0, "loras": [],
     }  # fmt: skip
     assert plan["precision"] == "bf16"
-    assert plan["settings"] == [{"type": "guidance", "tier": "exact", "value": "together", "because": "asked for"}]
+    assert plan["settings"][0] == {"type": "guidance", "tier": "exact", "value": "together", "because": "asked for"}
+    assert [setting["type"] for setting in plan["settings"]] == ["guidance", "offload"]
 
 
 IMPORTS = """

@@ -40,7 +40,10 @@ AGAIN = Variant(name="stock again", engine="stock")
 FRAMEFIT = Variant(name="framefit", engine="framefit")
 CACHE_DIT = Variant(name="cache-dit offload", engine="cache-dit")
 
-NEEDS: Mapping[str, Callable[[Scenario], bool]] = {"guidance": lambda scenario: scenario.branches == 2}
+NEEDS: Mapping[str, Callable[[Scenario], bool]] = {
+    "guidance": lambda scenario: scenario.branches == 2,
+    "offload": lambda scenario: scenario.group != "cpu",
+}
 """Type of setting -> whether it can change anything in a scenario; one that is not here always may."""
 
 
@@ -76,8 +79,8 @@ def _explicit(text: str) -> Variant:
     settings = {}
     for part in text.split("+"):
         name, _, value = part.strip().partition("=")
-        if name not in SETTINGS or value not in SETTINGS[name].values:
-            possible = ", ".join(f"{kind.type}={v}" for kind in SETTINGS.values() for v in kind.values)
+        if name not in SETTINGS or not SETTINGS[name].accepts(value):
+            possible = ", ".join(f"{kind.type}={v}" for kind in SETTINGS.values() for v in kind.possible())
             raise UsageError(f"row '{text}' is unknown: use stock, framefit, cache-dit, {possible}, or A=B+C=D.")
         settings[name] = value
     return Variant(name=text, engine="framefit", settings=settings)

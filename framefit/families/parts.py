@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,14 @@ from framefit.families import easyanimate_v5
 from framefit.families.checkpoint import Checkpoint, Component
 from framefit.request import ResolvedRequest
 
-__all__ = ["PRECISIONS", "Family", "Notice", "Parts", "Tensors", "build", "load_parts", "noise"]
+__all__ = [
+    "IMAGE_ENCODERS", "PRECISIONS", "TEXT_ENCODERS", "Family", "Notice", "Parts", "Placement", "Tensors", "build",
+    "load_parts", "noise",
+]  # fmt: skip
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+IMAGE_ENCODERS = ("image_encoder", "vae")
+"""What each phase of encoding needs."""
 
 Tensors = dict[str, torch.Tensor]
 """Named conditioning. The first axis is the guidance branch, negative before positive; 1 where both share it."""
@@ -30,13 +37,16 @@ Notice = Callable[[str], None]
 
 @dataclass(slots=True)
 class Parts:
-    """Every component of one checkpoint by folder name, on one device."""
+    """Every component of one checkpoint by folder name."""
 
     checkpoint: Checkpoint
     components: dict[str, Any]
     device: torch.device
+    """Where they compute."""
     branches: Literal["together", "apart"] = field(default="together")
     """Whether both guidance branches run in one forward; set by the guidance pass."""
+    placement: Placement | None = field(default=None)
+    """Moves weights to and from the device; None: all stay there. Set by the offload pass."""
 
     def __getitem__(self, name: str) -> Any:
         return self.components[name]
@@ -48,6 +58,26 @@ class Parts:
         """Precision that a component computes in."""
         dtype: torch.dtype = self.components[name].dtype
         return dtype
+
+    def use(self, *names: str) -> None:
+        """From now on only these components compute, until the next call; those that a model lacks are passed over."""
+        if self.placement:
+            self.placement.use([name for name in names if name in self])
+
+    def cast(self, name: str, dtype: torch.dtype) -> None:
+        """Let a component compute in another precision."""
+        if self.placement:
+            self.placement.cast(name, dtype)
+        else:
+            self[name].to(dtype)
+
+
+class Placement(Protocol):
+    """Where weights are when."""
+
+    def use(self, names: Sequence[str]) -> None: ...
+
+    def cast(self, name: str, dtype: torch.dtype) -> None: ...
 
 
 class Family(Protocol):
@@ -81,12 +111,20 @@ class Family(Protocol):
         """Final latents -> chunks of frames, uint8 (F, H, W, 3) on the host."""
 
 
-def load_parts(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype, device: torch.device) -> Parts:
-    """Read every component of a folder. Safetensors only, local files only, no remote code."""
+def load_parts(
+    checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype, device: torch.device, on_host: bool = False
+) -> Parts:
+    """Read every component of a folder. Safetensors only, local files only, no remote code.
+
+    Args:
+        device: where they will compute.
+        on_host: whether the weights go to the host, for a pass that moves them.
+    """
     components = {}
+    there = torch.device("cpu") if on_host else device
     for row in checkpoint.components:
         with _translated(folder / row.name, row):
-            components[row.name] = _load(checkpoint, row, folder / row.name, dtype, device)
+            components[row.name] = _load(checkpoint, row, folder / row.name, dtype, there)
     return Parts(checkpoint, components, device)
 
 

@@ -74,6 +74,10 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Of the phase that is open."""
         return self.phases.setdefault(self._open[-1], Counts())
 
+    def move(self, way: str, bytes: int) -> None:
+        """Book what no operator of the program moves: weights that come from outside."""
+        self.counts.bytes[way] += self.times * bytes
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._overloadpacket not in FORMULAS and _composite(func):  # in inference mode they arrive whole

@@ -5,14 +5,17 @@ ORDER is the one place that says in which order they are applied, with a reason 
 
 from __future__ import annotations
 
+from typing import Any
+
 from framefit.families.parts import Parts
-from framefit.passes import guidance
-from framefit.plan import Guidance, Plan
+from framefit.passes import guidance, offload
+from framefit.plan import Guidance, Offload, Plan, Setting
 
 __all__ = ["ORDER", "apply_all"]
 
-ORDER = (
+ORDER: tuple[tuple[type[Setting], Any], ...] = (
     (Guidance, guidance),  # touches no module: it only says how the loop calls them
+    (Offload, offload),  # last: it packs the weights as all others leave them
 )
 
 

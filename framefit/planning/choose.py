@@ -13,7 +13,7 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import Estimate, Guidance, Plan
+from framefit.plan import SETTINGS, Estimate, Guidance, Offload, Plan, Setting
 from framefit.request import Request, ResolvedRequest
 
 __all__ = ["choose"]
@@ -68,7 +68,7 @@ def choose(
         request=resolved,
         device=device,
         precision=precision,
-        settings=(_guidance(checkpoint, dict(settings or {})),),
+        settings=_settings(checkpoint, dict(settings or {})),
         estimate=Estimate(weights_bytes=_weights_bytes(checkpoint, BYTES[precision]), free_bytes=device.budget_bytes),
         photos=dict(photos or {}),
         reasons=reasons,
@@ -177,14 +177,18 @@ def _precision(wanted: str | None, device: Device, reasons: dict[str, str]) -> s
     return "fp16"
 
 
-def _guidance(checkpoint: Checkpoint, explicit: dict[str, str]) -> Guidance:
-    value = explicit.pop("guidance", None)
-    if explicit:
-        raise UsageError(f"setting '{next(iter(explicit))}' is unknown: the settings are guidance.")
-    if value is not None:
-        return Guidance(value=value, because="asked for")
-    reference = "together" if checkpoint.batched_guidance else "apart"
-    return Guidance(value=reference, because="as the reference pipeline runs them")
+def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting, ...]:
+    if unknown := [name for name in explicit if name not in SETTINGS]:
+        raise UsageError(f"setting '{unknown[0]}' is unknown: the settings are {', '.join(SETTINGS)}.")
+    together = "together" if checkpoint.batched_guidance else "apart"
+    usual = (
+        Guidance(value=together, because="as the reference pipeline runs them"),
+        Offload(value="none", because="weights on the device are the fastest"),
+    )
+    return tuple(
+        type(setting)(value=explicit[setting.type], because="asked for") if setting.type in explicit else setting
+        for setting in usual
+    )
 
 
 def _weights_bytes(checkpoint: Checkpoint, width: int) -> int:

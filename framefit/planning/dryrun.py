@@ -8,7 +8,7 @@ all that follow. What fake tensors cannot see (a convolution's workspace, what t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,12 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from framefit.families import Checkpoint, family_of
-from framefit.families.parts import PRECISIONS, Parts
+from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
-from framefit.plan import Plan
+from framefit.plan import Offload, Plan
+from framefit.planning.placed import Placed, placed, watch
 from framefit.planning.traces import PhaseTrace
 from framefit.testing import random_parts
 
@@ -43,7 +44,9 @@ LARGEST = 8
 
 def trace(plan: Plan, checkpoint: Checkpoint) -> tuple[PhaseTrace, ...]:
     """The phases of `plan` in the order of a run, from encode_text to decode; a few seconds."""
-    parts, weights, standing = _fake(checkpoint, PRECISIONS[plan.precision])
+    # where some blocks stay and some stream, no block stands for another
+    whole = checkpoint.experts if any(isinstance(s, Offload) and s.kept for s in plan.settings) else ()
+    parts, weights, standing = _fake(checkpoint, PRECISIONS[plan.precision], whole)
     return followed(apply_all(parts, plan), plan, weights, standing)
 
 
@@ -65,12 +68,16 @@ def followed(
     with ExitStack() as stack:
         stack.enter_context(_fakeness(parts))
         stack.enter_context(_following(modules, standing, at_work, tally))
+        watch(parts, lambda bytes: tally.move("host_to_device", bytes))
         stack.enter_context(_steady(parts["vae"], live, tally))
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
         count(way.go, tally)
-    return tuple(_phase(name, weights, peak, tally.phases.get(name, Counts())) for name, peak in live.phases.items())
+    return tuple(
+        _phase(name, placed(parts, weights, standing, way.used[name]), peak, tally.phases.get(name, Counts()))
+        for name, peak in live.phases.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +88,14 @@ class _Way:
     plan: Plan
     live: Live
     tally: Tally
+    used: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Phase -> the components that it needs."""
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _phase(self, name: str, *needs: str) -> Iterator[None]:
+        self.used[name] = needs
         with self.live.phase(name), self.tally.phase(name):
+            self.parts.use(*needs)
             yield
 
     def go(self) -> None:
@@ -92,9 +103,9 @@ class _Way:
         family = family_of(parts.checkpoint)
         photo = Image.new("RGB", (request.width, request.height))
         last = photo if request.last_image else None
-        with self._phase("encode_text"), unset_fake_temporarily():  # it asks how many tokens there are
+        with self._phase("encode_text", *TEXT_ENCODERS), unset_fake_temporarily():  # it asks how many tokens there are
             conditioning = family.encode_text(parts, request, lambda sentence: None)
-        with self._phase("encode_image"):
+        with self._phase("encode_image", *IMAGE_ENCODERS):
             latents, image = family.encode_image(parts, request, photo, last, torch.Generator())
         conditioning = {name: tensor.contiguous() for name, tensor in (conditioning | image).items()}
         for expert, scale in zip(parts.checkpoint.experts, request.guidance, strict=True):
@@ -102,9 +113,9 @@ class _Way:
             def forward(branches: slice, expert: str = expert) -> torch.Tensor:
                 return family.predict(parts, expert, latents, torch.tensor(900.0), conditioning, branches).float()
 
-            with self._phase(f"denoise:{expert}"):
+            with self._phase(f"denoise:{expert}", expert):
                 guided(parts, forward, scale)
-        with self._phase("decode"):
+        with self._phase("decode", "vae"):
             for chunk in family.decode(parts, family.settle(latents, conditioning)):
                 del chunk
 
@@ -126,8 +137,10 @@ class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _fake(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
-    """Fake parts, the bytes of the weights of each, and for which blocks one stands for how many."""
+def _fake(
+    checkpoint: Checkpoint, dtype: torch.dtype, whole: Sequence[str] = ()
+) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
+    """Fake parts, the bytes of the weights of each, and for which blocks one stands for how many; `whole` have all."""
     parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"))
     weights: dict[str, int] = {}
     standing: dict[nn.Module, int] = {}
@@ -136,7 +149,8 @@ def _fake(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Parts, dict[str, 
             if not isinstance(part, nn.Module):
                 continue
             weights[name] = sum(block_bytes(t.nbytes) for t in _own(part))
-            if name in checkpoint.experts or "T5Encoder" in checkpoint[name].class_name:  # nothing is left by layer
+            # nothing is left by layer
+            if name not in whole and (name in checkpoint.experts or "T5Encoder" in checkpoint[name].class_name):
                 standing |= _shortened(part)
             part.to_empty(device="cpu")
             if checkpoint[name].package == "transformers":
@@ -262,7 +276,7 @@ def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tall
     return result
 
 
-def _phase(name: str, weights: Mapping[str, int], peak: Peak, counts: Counts) -> PhaseTrace:
+def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace:
     largest = sorted(peak.held, key=lambda held: -held.bytes)[:LARGEST]
     held: Counter[str] = Counter()
     for each in largest:
@@ -270,6 +284,7 @@ def _phase(name: str, weights: Mapping[str, int], peak: Peak, counts: Counts) ->
     ways = ("elementwise", "host_to_device", "device_to_host")
     flops: dict[tuple[str, str], int] = {(kind, precision): n for (kind, precision), n in counts.flops.items()}
     return PhaseTrace(
-        name=name, weights_bytes=dict(weights), peak_bytes=peak.bytes, held=dict(held), flops=flops,
+        name=name, weights_bytes=weights.device_bytes, host_bytes=weights.host_bytes, onload_bytes=weights.onload_bytes,
+        pinned_bytes=weights.pinned_bytes, peak_bytes=peak.bytes, held=dict(held), flops=flops,
         bytes={way: counts.bytes[way] for way in ways},
     )  # fmt: skip

@@ -13,7 +13,7 @@ import math
 from dataclasses import replace
 
 from framefit import rates
-from framefit.errors import DoesNotFit
+from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Estimate, PhaseEstimate, Plan
 from framefit.planning.traces import PhaseTrace, traced
@@ -31,9 +31,14 @@ def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
     """`plan` with the estimate of every phase; a few seconds the first time.
 
     Where the dry run fails, which is told, the plan comes back with the bytes of its weights alone.
+
+    Raises:
+        UsageError: a pass refuses its setting for this model.
     """
     try:
         traces = traced(plan, checkpoint)
+    except UsageError:
+        raise
     except Exception as error:  # libraries that it has not met; a run does not depend on it
         told = " ".join(str(error).split())[:200]
         logging.getLogger("framefit").warning(
@@ -55,6 +60,13 @@ def check_fits(plan: Plan) -> None:
     """Raises `DoesNotFit` where the plan is not feasible."""
     if plan.feasible:
         return
+    if not plan.host_fits:
+        need = max(phase.host_bytes for phase in plan.estimate.phases)
+        raise DoesNotFit(
+            f"{plan.request.model} with offload={plan.offload} keeps {need / 2**30:.1f} GiB in RAM and "
+            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: free some, use offload=none, or a smaller model "
+            f"(framefit models ls)."
+        )
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding
     what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
     given = "free" if plan.device.vram_limit_bytes is None else "by --vram"
@@ -90,7 +102,7 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
         name=trace.name,
         seconds=_seconds(trace, steps_of(request, checkpoint).get(trace.name.removeprefix("denoise:"), 1), known),
         peak_vram_bytes=weights + _reserved(trace, known) if on_card else 0,
-        host_bytes=video if on_card else weights + trace.peak_bytes + video,
+        host_bytes=trace.host_bytes + video + (0 if on_card else weights + trace.peak_bytes),
         disk_bytes=0,
         held=dict(sorted(held.items(), key=lambda each: -each[1])[:NAMED]),
     )
@@ -117,12 +129,13 @@ def _seconds(trace: PhaseTrace, times: int, known: Rates | None) -> float | None
 
 
 def _load(plan: Plan, checkpoint: Checkpoint) -> PhaseEstimate:
-    """Every component is read to the host whole, and then moved: the largest is there at once."""
+    """Every component is read to the host whole, and then moved, unless it stays there."""
     width = {"fp32": 4}.get(plan.precision, 2)
     sizes = {c.name: c.params * (4 if c.keep_fp32 else width) for c in checkpoint.components if c.params}
     held = {f"weights of the {name}": size for name, size in sorted(sizes.items(), key=lambda each: -each[1])}
-    on_card = 0 if plan.device.id == "cpu" else sum(sizes.values())
-    host = sum(sizes.values()) if plan.device.id == "cpu" else max(sizes.values())
+    stays = plan.device.id == "cpu" or plan.offload != "none"
+    on_card = 0 if stays else sum(sizes.values())
+    host = sum(sizes.values()) if stays else max(sizes.values())
     return PhaseEstimate(
         name="load", seconds=None, peak_vram_bytes=on_card, host_bytes=host, disk_bytes=0, held=held
     )  # fmt: skip

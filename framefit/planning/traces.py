@@ -30,7 +30,13 @@ class PhaseTrace:
 
     name: str
     weights_bytes: Mapping[str, int]
-    """Component -> bytes of its parameters and buffers on the device."""
+    """Component -> bytes on the device for its parameters and buffers, rooms that they pass through too."""
+    host_bytes: int = 0
+    """Of weights in host memory."""
+    pinned_bytes: int = 0
+    """Of these, pinned."""
+    onload_bytes: int = 0
+    """Of weights that come to the device when the phase begins; what streams is in `bytes`."""
     peak_bytes: int
     """Of everything else on the device, when it is most."""
     held: Mapping[str, int]

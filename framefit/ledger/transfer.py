@@ -1,0 +1,223 @@
+"""Weights between host and device: slabs on the host, rooms on the device, copies in order, and waiting for them.
+
+Everything that moves weights moves them through here, on a card, on the CPU and in a dry run. A slab packs the tensors
+of one unit into one piece of memory, because one large copy is twice as fast as many small ones, and because torch's
+own allocator rounds each pinned tensor up to a power of two. A slab is pinned by itself, byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from framefit.errors import DoesNotFit
+
+__all__ = ["CardTransfer", "NoTransfer", "Room", "Slab", "Transfer", "transfer_for"]
+
+ALIGNMENT = 512
+"""Bytes: where a tensor begins, as torch's allocator on a card places them; kernels choose by alignment."""
+
+MAPPING: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+"""The process's own memory; Windows maps no other."""
+
+PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every context of the process."""
+
+
+class Slab:
+    """The bytes of some tensors, one tensor after another, in one piece of host memory.
+
+    Packing empties the tensors' own memory: from then on they are views, of the slab or of a room.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = tuple(tensors)
+        self._strides = [_dense(tensor) for tensor in self.tensors]
+        self.offsets: list[int] = []
+        end = 0
+        for tensor in self.tensors:
+            self.offsets.append(end)
+            end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        self.bytes = end
+        self.host = torch.empty(0, dtype=torch.uint8)
+        self._home: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def pack(self, memory: Callable[[int], torch.Tensor]) -> None:
+        """Into the piece (bytes,) of uint8 that `memory` gives for a number of bytes."""
+        self.host = memory(self.bytes)
+        self._home = self._views(self.host)
+        for tensor, home in zip(self.tensors, self._home, strict=True):
+            home.copy_(tensor)
+        self.point(None)
+
+    def point(self, room: Room | None) -> None:
+        """Let the tensors be what lies in `room`, or on the host."""
+        views = self._home if room is None else self._views(room.memory)
+        for tensor, view in zip(self.tensors, views, strict=True):
+            tensor.data = view
+
+    def _views(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            memory[begin : begin + tensor.numel() * tensor.element_size()]
+            .view(tensor.dtype)
+            .as_strided(tensor.shape, strides)
+            for tensor, begin, strides in zip(self.tensors, self.offsets, self._strides, strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class Room:
+    """Device memory that slabs are copied to, one after another."""
+
+    memory: torch.Tensor
+    """(bytes,) of uint8."""
+    filled: Any = None
+    """CUDA event: the copy into it is complete."""
+    free: Any = None
+    """CUDA event: all that was to read it has."""
+
+
+class Transfer:
+    """Without a card: copies at once, between two pieces of host memory, so that a test on the CPU sees every copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.moved_bytes = 0
+        """To the device, in all."""
+        self.pinned_bytes = 0
+
+    def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
+        slab = Slab(tensors)
+        slab.pack(partial(torch.empty, dtype=torch.uint8))
+        return slab
+
+    def room(self, bytes: int) -> Room:
+        return Room(torch.empty(bytes, dtype=torch.uint8, device=self.device))
+
+    def copy(self, slab: Slab, room: Room) -> None:
+        """Begin to fill the room, once it is free."""
+        self.moved_bytes += slab.bytes
+        room.memory[: slab.bytes].copy_(slab.host)
+
+    def wait(self, room: Room) -> None:
+        """What is computed from here on may read the room."""
+
+    def release(self, room: Room) -> None:
+        """What is computed from here on does not read the room any more."""
+
+    def point(self, slab: Slab, room: Room | None) -> None:
+        slab.point(room)
+
+    def settle(self) -> None:
+        """No copy is under way for what is computed from here on: rooms may be dropped."""
+
+    def trim(self) -> None:
+        """Dropped rooms are given back."""
+
+
+class CardTransfer(Transfer):
+    """Pinned slabs and a stream of its own for the copies, so that they run beside the computation.
+
+    Source: CUDA C++ Programming Guide, asynchronous concurrent execution.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+    def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
+        """Raises `DoesNotFit` where the host has no memory to pin."""
+        slab = Slab(tensors)
+        slab.pack(_mapped)
+        pinned = -(-slab.bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, as they are mapped
+        self._pin(slab.host.data_ptr(), pinned)
+        self.pinned_bytes += pinned
+        # of the slab, which dies before its memory does; a process that ends has nothing to unpin
+        weakref.finalize(slab, self._unpin, slab.host.data_ptr(), pinned).atexit = False
+        return slab
+
+    def room(self, bytes: int) -> Room:
+        filled, free = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        room = Room(super().room(bytes).memory, filled, free)
+        self.release(room)  # the memory may have been another tensor's, which kernels under way still read
+        return room
+
+    def copy(self, slab: Slab, room: Room) -> None:
+        self.moved_bytes += slab.bytes
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(room.free)
+            room.memory[: slab.bytes].copy_(slab.host, non_blocking=True)
+            room.filled.record(self._stream)
+
+    def wait(self, room: Room) -> None:
+        torch.cuda.current_stream(self.device).wait_event(room.filled)
+
+    def release(self, room: Room) -> None:
+        room.free.record(torch.cuda.current_stream(self.device))
+
+    def settle(self) -> None:
+        # the rooms are the computing stream's own memory: with this, whoever gets it next comes after the copies
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
+
+    def _pin(self, address: int, bytes: int) -> None:
+        if code := int(self._runtime.cudaHostRegister(address, bytes, PORTABLE)):
+            reason = self._runtime.cudaGetErrorString(self._runtime.cudaError(code))
+            raise DoesNotFit(
+                f"{bytes / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
+                f"offload=none."
+            )
+
+    def _unpin(self, address: int, bytes: int) -> None:
+        self._stream.synchronize()
+        self._runtime.cudaHostUnregister(address)
+        self.pinned_bytes -= bytes
+
+
+class NoTransfer(Transfer):
+    """For tensors without contents: nothing is moved or held; what would be is known from the slabs' sizes."""
+
+    def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
+        return Slab(tensors)
+
+    def room(self, bytes: int) -> Room:
+        return Room(torch.empty(0, dtype=torch.uint8))
+
+    def copy(self, slab: Slab, room: Room) -> None:
+        self.moved_bytes += slab.bytes
+
+    def point(self, slab: Slab, room: Room | None) -> None:
+        pass
+
+
+def transfer_for(device: torch.device, tensors: Iterable[torch.Tensor]) -> Transfer:
+    """What can bring `tensors` to `device`."""
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
+        return NoTransfer(device)
+    return CardTransfer(device) if device.type == "cuda" else Transfer(device)
+
+
+def _mapped(bytes: int) -> torch.Tensor:
+    """Memory of its own pages, which go back to the system with the tensor."""
+    held = mmap.mmap(-1, bytes, **MAPPING)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # pinning goes page by page, and few are soon pinned
+            held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(held, dtype=torch.uint8)
+
+
+def _dense(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Its strides, or those of a copy without holes."""
+    return torch.empty_like(tensor, device="meta").stride()

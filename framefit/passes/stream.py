@@ -1,0 +1,136 @@
+"""The weights of many modules through two rooms: one computes, the next one's weights come in beside it.
+
+A module asks for its weights when it is called, so that whatever order the model calls in is right. The order of the
+first forward is remembered, and from then on each module's weights are on their way before it asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from framefit.ledger.transfer import Room, Slab, Transfer
+
+__all__ = ["Stream", "Unit"]
+
+ROOMS = 2
+HOOK = "framefit.offload"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Unit:
+    """What moves as one."""
+
+    module: nn.Module
+    slab: Slab
+
+
+@dataclass(slots=True)
+class _Place:
+    room: Room
+    unit: Unit | None = None
+    """Whose weights it holds, or will once they have come."""
+
+
+@dataclass(eq=False, slots=True)
+class Stream:
+    """The streamed units of one component."""
+
+    units: Sequence[Unit]
+    """None lies inside another."""
+    transfer: Transfer
+    after: dict[Unit, Unit] = field(default_factory=dict)
+    """Who was called after whom."""
+    first: Unit | None = None
+    """Who is called first, where it is known."""
+    asked: Callable[[Unit], None] = lambda unit: None
+    """Hears of every unit that computes."""
+    _places: list[_Place] = field(default_factory=list)
+    _at_work: _Place | None = None
+    _called: Unit | None = None
+
+    def __post_init__(self) -> None:
+        for unit in self.units:
+            HookRegistry.check_if_exists_or_initialize(unit.module).register_hook(_Asking(self, unit), HOOK)
+
+    def expect(self, order: Sequence[Unit]) -> None:
+        """Before the first forward: in which order it will go."""
+        self.first = order[0]
+        self.after = dict(zip(order, [*order[1:], order[0]], strict=True))
+
+    @property
+    def rooms_bytes(self) -> int:
+        """On the device while the component is at work."""
+        return min(ROOMS, len(self.units)) * self._room_bytes
+
+    @property
+    def _room_bytes(self) -> int:
+        return max((unit.slab.bytes for unit in self.units), default=0)
+
+    def open(self) -> None:
+        """The component is at work from here on."""
+        self._places = [_Place(self.transfer.room(self._room_bytes)) for _ in self.units[:ROOMS]]
+        if self.first:
+            self._begin(self.first)
+
+    def close(self) -> None:
+        """It is not any more: nothing of it is on the device."""
+        self.transfer.settle()
+        for unit in self.units:
+            self.transfer.point(unit.slab, None)
+        self._places, self._at_work, self._called = [], None, None
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for unit in self.units:
+            HookRegistry.check_if_exists_or_initialize(unit.module).remove_hook(HOOK, recurse=False)
+
+    def enter(self, unit: Unit) -> None:
+        """`unit` computes next."""
+        place = self._begin(unit)
+        self.transfer.wait(place.room)
+        self.transfer.point(unit.slab, place.room)
+        self.asked(unit)
+        self._at_work = place
+        if self._called:
+            self.after[self._called] = unit
+        else:
+            self.first = unit
+        self._called = unit
+        if len(self._places) > 1 and (following := self.after.get(unit)):
+            self._begin(following)
+
+    def leave(self, unit: Unit) -> None:
+        """`unit` has computed, or on a card will have before anything that is asked of it from here on."""
+        assert self._at_work
+        self.transfer.release(self._at_work.room)
+        self.transfer.point(unit.slab, None)
+
+    def _begin(self, unit: Unit) -> _Place:
+        """Where the weights of `unit` are or will be: where they are in no room yet, in the one that is not at work."""
+        assert self._places, "a module computes while its component is not in use"
+        for place in self._places:
+            if place.unit is unit:
+                return place
+        place = next((place for place in self._places if place is not self._at_work), self._places[0])
+        place.unit = unit
+        self.transfer.copy(unit.slab, place.room)
+        return place
+
+
+class _Asking(ModelHook):  # type: ignore[misc]
+    def __init__(self, stream: Stream, unit: Unit) -> None:
+        super().__init__()
+        self._stream, self._unit = stream, unit
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._stream.enter(self._unit)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self._stream.leave(self._unit)
+        return output

@@ -1,0 +1,69 @@
+"""Where a plan's weights are in each phase, in bytes: the offload pass's own units, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from framefit.families.parts import Parts
+from framefit.passes import offload
+
+__all__ = ["Placed", "placed", "watch"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """Bytes of weights in one phase."""
+
+    device_bytes: dict[str, int]
+    """By component, with the rooms that its blocks pass through."""
+    host_bytes: int = 0
+    pinned_bytes: int = 0
+    onload_bytes: int = 0
+    """That come to the device as a whole when the phase begins."""
+
+
+def watch(parts: Parts, asked: Callable[[int], None]) -> None:
+    """Call `asked` with the bytes of whatever streams to the device, when it is needed there.
+
+    Of two calls that follow each other closely the second may find it there still: these bytes are the most.
+    """
+    found = offload.placed(parts)
+    for component in found.components.values() if found else ():
+        component.stream.asked = lambda unit: asked(unit.slab.bytes)
+
+
+def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module, int], used: Sequence[str]) -> Placed:
+    """In a phase that uses some components.
+
+    Args:
+        weights: component -> bytes of its weights.
+        standing: block -> how many equal blocks it stands for.
+    """
+    if (found := offload.placed(parts)) is None:
+        return Placed(device_bytes=dict(weights))
+    device, onload = {}, 0
+    for name in used:
+        if component := found.components.get(name):
+            times = _times(component.model, standing)
+            moving = sum(unit.slab.bytes * times[unit.module] for unit in component.stream.units)
+            whole = weights[name] - component.embeddings_bytes - moving
+            device[name], onload = whole + component.stream.rooms_bytes, onload + whole
+    host = sum(weights.values())
+    unpinned = sum(component.embeddings_bytes for component in found.components.values())
+    return Placed(device_bytes=device, host_bytes=host, pinned_bytes=host - unpinned, onload_bytes=onload)
+
+
+def _times(model: nn.Module, standing: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
+    """How many modules each one stands for, with all that it lies in."""
+    times: dict[nn.Module, int] = {}
+
+    def visit(module: nn.Module, around: int) -> None:
+        times[module] = around * standing.get(module, 1)
+        for child in module.children():
+            visit(child, times[module])
+
+    visit(model, 1)
+    return times
