@@ -163,7 +163,7 @@ def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint, plan = _prepared(flags)
     hub.locate(checkpoint)
-    check_runs(plan)
+    plan = check_runs(plan, checkpoint)
     check_folder(folder, overwrite=flags.overwrite)
     quiet_libraries()
     print("what this device does at best ...", file=sys.stderr)

@@ -25,7 +25,7 @@ from framefit.planning import check_fits, estimated
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
-__all__ = ["Options", "check_fits", "check_runs", "generate", "prepare", "resume", "translated"]
+__all__ = ["Options", "check_runs", "generate", "prepare", "resume", "translated"]
 
 
 DEFAULT_CRF = 18
@@ -93,10 +93,8 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
         hub.locate(checkpoint)
     plan.device.check_here()
     _check_output(plan, output, options)
+    plan = check_runs(plan, checkpoint)
     weights = fingerprint(hub.locate(checkpoint))
-    if plan.device.id != "cpu":  # seconds of planning before minutes of running
-        plan = estimated(plan, checkpoint)
-    check_fits(plan)
     if options.weights not in (None, weights):
         logging.getLogger("framefit").warning(
             "the weights of %s are others than the file was made with (fingerprint %s, here %s): expect other frames.",
@@ -148,10 +146,18 @@ def _device_to_resume_on(plan: Plan, options: Options) -> Device:
     return Device.detect(options.device, vram_bytes=options.vram_bytes)
 
 
-def check_runs(plan: Plan) -> None:
-    """Raises `UsageError` where the plan's card is not of this machine, `DoesNotFit` where the plan is not feasible."""
+def check_runs(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """`plan`, for a card with the estimate of every phase: seconds of planning before minutes of running.
+
+    Raises:
+        UsageError: the plan's card is not of this machine.
+        DoesNotFit: the plan is not feasible.
+    """
     plan.device.check_here()
+    if plan.device.id != "cpu":
+        plan = estimated(plan, checkpoint)
     check_fits(plan)
+    return plan
 
 
 def _execute(

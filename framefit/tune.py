@@ -88,7 +88,7 @@ def tune(
     request = replace(request, steps=request.steps or DEFAULT_STEPS, seed=0 if request.seed is None else request.seed)
     facts = {"device": options.device, "precision": options.precision, "checkpoints": None, "use_tuned": False}
     checkpoint, untouched = prepare(request, Options(**facts))  # type: ignore[arg-type]
-    check_runs(untouched)
+    check_runs(untouched, checkpoint)
     if untouched.request.steps < (least := 2 * len(checkpoint.experts)):
         raise UsageError(
             f"a trial of {untouched.request.steps} steps measures cold starts: ask for --steps {least} or more."

@@ -113,8 +113,8 @@ def verify(
         from framefit.quality.lpips import load_network
 
         load_network(lpips_weights)
-    plan = prepare(request, options)[1]
-    check_runs(plan)
+    checkpoint, plan = prepare(request, options)
+    check_runs(plan, checkpoint)
     request = replace(request, seed=plan.request.seed)
     untouched: dict[str, Any] = {
         "device": options.device,

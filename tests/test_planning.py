@@ -13,9 +13,8 @@ from framefit.device import Device
 from framefit.errors import BadInput, DoesNotFit, UsageError
 from framefit.families import CHECKPOINTS
 from framefit.plan import Guidance, Plan
-from framefit.planning import choose
+from framefit.planning import check_fits, choose
 from framefit.request import Request
-from framefit.run import check_fits
 
 CARD = Device(
     id="cuda:0",
