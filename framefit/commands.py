@@ -105,7 +105,7 @@ def plan(flags: Namespace) -> int:
         (
             "weights",
             f"{plan.estimate.weights_bytes / 2**30:.2f} GiB",
-            f"all components resident; {plan.estimate.free_bytes / 2**30:.1f} GiB are free",
+            f"of all components; {plan.estimate.free_bytes / 2**30:.1f} GiB are free",
         ),
     ]
     _finish(plan.to_json(), flags, f"{_table(rows)}\n\n{_table(_phases(plan))}")
