@@ -70,11 +70,14 @@ def check_fits(plan: Plan) -> None:
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding
     what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
     given = "free" if plan.device.vram_limit_bytes is None else "by --vram"
-    fewer = "" if plan.estimate.weights_bytes > plan.estimate.free_bytes else "a smaller --size, fewer --frames, "
+    on_card = plan.device.id != "cpu"
+    streamed = "--set offload=block (weights in RAM), " if on_card and plan.offload == "none" else ""
+    weights_fit = plan.estimate.weights_bytes <= plan.estimate.free_bytes
+    fewer = "a smaller --size, fewer --frames, " if weights_fit or plan.offload != "none" else ""
     raise DoesNotFit(
         f"{plan.request.model} needs {need / 2**30:.1f} GiB {what} in {plan.precision} and {plan.device.name} has "
-        f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: use {fewer}a smaller model (framefit models ls) or a "
-        f"larger device."
+        f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: use {streamed}{fewer}a smaller model "
+        f"(framefit models ls) or a larger device."
     )
 
 
