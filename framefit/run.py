@@ -91,7 +91,6 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
     checkpoint, plan = prepare(request, options)
     if checkpoint.folder is not None:  # what a folder lacks is told before what it would need
         hub.locate(checkpoint)
-    plan.device.check_here()
     _check_output(plan, output, options)
     plan = check_runs(plan, checkpoint)
     weights = fingerprint(hub.locate(checkpoint))

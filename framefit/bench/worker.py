@@ -31,7 +31,7 @@ from framefit.checkpoint import State
 from framefit.device import Device
 from framefit.errors import FramefitError, UsageError
 from framefit.families import Checkpoint, hub
-from framefit.families.parts import PRECISIONS, Parts, Tensors, load_parts
+from framefit.families.parts import PRECISIONS, Parts, Tensors, load_parts, weights
 from framefit.families.pixels import to_frames
 from framefit.ledger import Ledger
 from framefit.ledger.counts import Tally, count
@@ -146,7 +146,7 @@ def _built(job: Job, row: Checkpoint, plan: Plan) -> tuple[Call, int]:
     needed = scenario.needed(row)
     parts = Parts(needed, {c.name: parts[c.name] for c in needed.components}, device)
     model = parts["vae" if scenario.kind == "decode" else needed.experts[0]]
-    weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    weights_bytes = sum(tensor.nbytes for tensor in weights(model))
     if job.variant.engine == "framefit":
         apply_all(parts, plan)
     if job.variant.engine == "cache-dit":

@@ -19,7 +19,7 @@ from framefit.request import ResolvedRequest
 
 __all__ = [
     "IMAGE_ENCODERS", "PRECISIONS", "TEXT_ENCODERS", "Family", "Notice", "Parts", "Placement", "Tensors", "build",
-    "load_parts", "noise",
+    "load_parts", "noise", "weights",
 ]  # fmt: skip
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -156,6 +156,11 @@ def build(row: Component) -> Any:
         return cls(cls.config_class(**row.config)).eval()
     component = cls(**row.config)
     return component.eval() if row.params else component
+
+
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Its parameters and buffers, shared ones once."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> torch.Tensor:

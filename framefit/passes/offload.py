@@ -21,7 +21,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from framefit.errors import UsageError
-from framefit.families.parts import TEXT_ENCODERS, Parts
+from framefit.families.parts import TEXT_ENCODERS, Parts, weights
 from framefit.ledger.live import block_bytes
 from framefit.ledger.transfer import Room, Slab, Transfer, transfer_for
 from framefit.passes.stream import Stream, Unit
@@ -44,7 +44,7 @@ def apply(parts: Parts, setting: Offload) -> None:
             f"{parts.checkpoint.id} has {blocks}: use offload=block:K with K from 1 to {blocks - 1}, or offload=part "
             f"for all of them."
         )
-    transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in _tensors(model)))
+    transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in weights(model)))
     parts.placement = Offloaded(models, parts.checkpoint.experts, setting, transfer)
 
 
@@ -112,11 +112,11 @@ class Component:
         at_home = {id(table.weight) for table in tables}
         shared = _shared(modules)
         owned = {
-            module: [t for t in _tensors(module) if id(t) not in at_home and id(t) not in shared] for module in modules
+            module: [t for t in weights(module) if id(t) not in at_home and id(t) not in shared] for module in modules
         }
         modules = [module for module in modules if owned[module]]
         moving = {id(tensor) for tensors in owned.values() for tensor in tensors}
-        outside = [t for t in _tensors(model) if id(t) not in moving and id(t) not in at_home]
+        outside = [t for t in weights(model) if id(t) not in moving and id(t) not in at_home]
         stay = _spread(kept, len(modules))
         whole = [outside, *(owned[modules[index]] for index in sorted(stay))]
         units = [
@@ -184,17 +184,12 @@ class _OnHost(ModelHook):  # type: ignore[misc]
         return rows.to(ids.device)
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, shared ones once."""
-    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
-
-
 def _rows(model: nn.Module) -> list[nn.ModuleList]:
     """The outermost lists whose modules are all of one class: what a model repeats."""
 
     def search(module: nn.Module) -> Iterator[nn.ModuleList]:
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len({type(each) for each in child}) == 1 and _tensors(child):
+            if isinstance(child, nn.ModuleList) and len({type(each) for each in child}) == 1 and weights(child):
                 yield child
             else:
                 yield from search(child)
@@ -207,7 +202,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _leaves(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if not any(module.children()) and _tensors(module)]
+    return [module for module in model.modules() if not any(module.children()) and weights(module)]
 
 
 def _token_tables(model: nn.Module) -> tuple[nn.Embedding, ...]:
@@ -220,7 +215,7 @@ def _token_tables(model: nn.Module) -> tuple[nn.Embedding, ...]:
 
 def _shared(modules: Sequence[nn.Module]) -> set[int]:
     """Tensors that several modules hold."""
-    held = Counter(id(tensor) for module in modules for tensor in _tensors(module))
+    held = Counter(id(tensor) for module in modules for tensor in weights(module))
     return {tensor for tensor, times in held.items() if times > 1}
 
 

@@ -16,7 +16,7 @@ from framefit.families import Checkpoint
 from framefit.plan import SETTINGS, Estimate, Guidance, Offload, Plan, Setting
 from framefit.request import Request, ResolvedRequest
 
-__all__ = ["choose"]
+__all__ = ["choose", "component_bytes"]
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -69,7 +69,9 @@ def choose(
         device=device,
         precision=precision,
         settings=_settings(checkpoint, dict(settings or {})),
-        estimate=Estimate(weights_bytes=_weights_bytes(checkpoint, BYTES[precision]), free_bytes=device.budget_bytes),
+        estimate=Estimate(
+            weights_bytes=sum(component_bytes(checkpoint, precision).values()), free_bytes=device.budget_bytes
+        ),
         photos=dict(photos or {}),
         reasons=reasons,
     )
@@ -191,5 +193,7 @@ def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting
     )
 
 
-def _weights_bytes(checkpoint: Checkpoint, width: int) -> int:
-    return sum(c.params * (4 if c.keep_fp32 else width) for c in checkpoint.components)
+def component_bytes(checkpoint: Checkpoint, precision: str) -> dict[str, int]:
+    """Component -> bytes of its weights."""
+    width = BYTES[precision]
+    return {c.name: c.params * (4 if c.keep_fp32 else width) for c in checkpoint.components if c.params}

@@ -1,8 +1,8 @@
 """A run without weights, card or arithmetic: the program itself on fake tensors, and what it would hold and do.
 
 The parts are built as a run builds them, the passes applied, and the family's functions called under torch's
-FakeTensorMode: encode, one guided prediction of every expert, decode. Of a row of equal blocks the second stands for
-all that follow. What fake tensors cannot see (a convolution's workspace, what the allocator keeps) is not here.
+FakeTensorMode: encode, one guided prediction of every expert, decode. Of a row of equal blocks, or of equal calls, the
+second stands for all that follow. cuDNN's workspace is added by a rule; what the allocator keeps is not here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts
+from framefit.families.parts import weights as weights_of
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
@@ -148,7 +149,7 @@ def _fake(
         for name, part in parts.components.items():
             if not isinstance(part, nn.Module):
                 continue
-            weights[name] = sum(block_bytes(t.nbytes) for t in _own(part))
+            weights[name] = sum(block_bytes(t.nbytes) for t in weights_of(part))
             # nothing is left by layer
             if name not in whole and (name in checkpoint.experts or "T5Encoder" in checkpoint[name].class_name):
                 standing |= _shortened(part)
@@ -165,15 +166,10 @@ def _fakeness(parts: Parts) -> AbstractContextManager[object]:
     return first.fake_mode if isinstance(first, FakeTensor) else nullcontext()
 
 
-def _own(part: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, shared ones once."""
-    return [*part.parameters(), *part.buffers()]
-
-
 def _tensors(parts: Parts) -> Iterator[torch.Tensor]:
     for part in parts.components.values():
         if isinstance(part, nn.Module):
-            yield from _own(part)
+            yield from weights_of(part)
 
 
 def _shortened(model: nn.Module) -> dict[nn.Module, int]:

@@ -16,6 +16,7 @@ from framefit import rates
 from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Estimate, PhaseEstimate, Plan
+from framefit.planning.choose import component_bytes
 from framefit.planning.traces import PhaseTrace, traced
 from framefit.rates import Rates
 from framefit.request import ResolvedRequest
@@ -133,8 +134,7 @@ def _seconds(trace: PhaseTrace, times: int, known: Rates | None) -> float | None
 
 def _load(plan: Plan, checkpoint: Checkpoint) -> PhaseEstimate:
     """Every component is read to the host whole, and then moved, unless it stays there."""
-    width = {"fp32": 4}.get(plan.precision, 2)
-    sizes = {c.name: c.params * (4 if c.keep_fp32 else width) for c in checkpoint.components if c.params}
+    sizes = component_bytes(checkpoint, plan.precision)
     held = {f"weights of the {name}": size for name, size in sorted(sizes.items(), key=lambda each: -each[1])}
     stays = plan.device.id == "cpu" or plan.offload != "none"
     on_card = 0 if stays else sum(sizes.values())
