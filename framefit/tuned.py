@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+from framefit import __version__
 from framefit.errors import UsageError
 from framefit.plan import SETTINGS, Plan
 
@@ -42,7 +43,7 @@ def key(plan: Plan) -> str:
     """What a search is good for: model, size, length, precision, device and versions."""
     request = plan.request
     facts = [request.model, request.width, request.height, request.num_frames, plan.precision, plan.device.name]
-    facts += [version(name) for name in ("torch", "diffusers", "framefit")]
+    facts += [version("torch"), version("diffusers"), __version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -27,6 +27,7 @@ MIB, GIB = 2**20, 2**30
 
 @pytest.fixture(autouse=True)
 def nothing_held() -> Iterator[None]:
+    torch.cuda.init()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(CARD)
     yield
