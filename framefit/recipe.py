@@ -19,13 +19,14 @@ from typing import Any
 from framefit import __version__, photo, video
 from framefit.checkpoint import default_root
 from framefit.errors import BadInput
-from framefit.families import Checkpoint
+from framefit.families import Checkpoint, bundled
 from framefit.plan import Plan
 from framefit.request import Request
 
 __all__ = ["Recipe", "parameters", "recipe", "remember"]
 
-BUNDLED = Path(__file__).parent / "assets"
+SHIPPED = (Path(__file__).parent / "assets", bundled.FOLDER)
+"""Where the package has a photo, and the LoRA of a preset."""
 
 HASH = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
 """A fingerprint of weights, or a SHA-256."""
@@ -194,7 +195,8 @@ def _find_loras(named: list[dict[str, Any]], given: Iterable[Path], file: Path) 
 def _find(name: str, digest: str, file: Path) -> Path | None:
     """The file of this hash: beside the video, here, in the package, or where it was last seen."""
     local = Path(name).name
-    candidates = [file.parent / local, Path(local), BUNDLED / local, *map(Path, filter(None, [_recall(digest)]))]
+    shipped = [folder / local for folder in SHIPPED]
+    candidates = [file.parent / local, Path(local), *shipped, *map(Path, filter(None, [_recall(digest)]))]
     for candidate in candidates:
         with contextlib.suppress(OSError):  # a namesake that cannot be read is not the one
             if candidate.is_file() and photo.sha256(candidate) == digest:

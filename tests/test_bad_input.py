@@ -236,8 +236,8 @@ def test_bad_flag(run: Run, capsys: pytest.CaptureFixture[str], flags: tuple[str
         assert word in told
 
 
-def test_no_preset_for_the_bundled_model(refused: Refused) -> None:
-    assert "'draft'" in refused(USAGE, "-m", "tiny", "--preset", "draft")
+def test_no_better_preset_for_the_bundled_model(refused: Refused) -> None:
+    assert "tiny has draft, standard" in refused(USAGE, "-m", "tiny", "--preset", "quality")
 
 
 @pytest.mark.parametrize("id", [WAN, EASY, "easyanimate-v5-7b-zh-inp", I2VGEN])

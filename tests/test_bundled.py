@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from framefit import recipe, video
 from framefit.families import find
 from framefit.families.files import header
+from framefit.families.parts import Parts
 from framefit.photo import fit
 from framefit.photo import load as load_photo
 from framefit.pipeline import Pipeline, load
+from framefit.plan import Plan
 from framefit.request import Request
 from framefit.run import Options, prepare
+from framefit.video import Video
 
 ROCKET = Path(__file__).parents[1] / "framefit" / "assets" / "rocket.jpg"
 
@@ -66,12 +71,18 @@ class Camera:
 
     def __call__(self, prompt: str) -> np.ndarray[Any, Any]:
         if prompt not in self.made:
-            request = Request(image=ROCKET, prompt=prompt, seed=3, steps=4, width=240, height=160)
-            row, plan = prepare(request, Options(device="cpu", checkpoints=None))
+            row, plan = prepare(self.request(prompt), Options(device="cpu", checkpoints=None))
             self.parts = self.parts or load(plan, row).parts
-            frames = np.stack(list(Pipeline(plan, self.parts).run().frames))
-            self.made[prompt] = frames.mean(axis=3) / 127.5 - 1
+            self.made[prompt] = self.frames(plan, self.parts)
         return self.made[prompt]
+
+    @staticmethod
+    def request(prompt: str) -> Request:
+        return Request(image=ROCKET, prompt=prompt, seed=3, steps=4, width=240, height=160)
+
+    @staticmethod
+    def frames(plan: Plan, parts: Parts) -> np.ndarray[Any, Any]:
+        return np.stack(list(Pipeline(plan, parts).run().frames)).mean(axis=3) / 127.5 - 1
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +119,36 @@ def test_the_first_frame_is_the_photo(camera: Camera) -> None:
     assert _likeness(frames[0], np.asarray(photo) / 127.5 - 1) > 0.95
 
 
+def test_the_draft_is_the_few_step_form(camera: Camera) -> None:
+    """Its LoRA is there, is merged, and does what it was trained for: four steps are sharper with it."""
+    prompt = "the camera pans left"
+    camera(prompt)
+    row, plan = prepare(camera.request(prompt), Options(device="cpu", checkpoints=None, preset="draft"))
+    assert (plan.request.steps, plan.request.guidance) == (4, (1.0, 1.0))
+    (lora,) = plan.request.loras
+    assert (lora.file.name, bool(lora.sha256)) == ("few_step.safetensors", True)
+    assert plan.reasons["loras"].startswith("the preset 'draft'")
+    draft = camera.frames(plan, load(plan, row).parts)
+    plain = camera.frames(replace(plan, request=replace(plan.request, loras=())), camera.parts)
+    dx, dy = _shift(draft[0], draft[-1])
+    assert dx > 8
+    assert abs(dy) <= 8
+    assert _sharpness(draft[-1]) > 1.05 * _sharpness(plain[-1])
+
+
+def test_a_draft_is_made_again_from_its_file(tmp_path: Path) -> None:
+    """The LoRA that the package ships is found by its hash, wherever the package lies."""
+    plan = prepare(Camera.request("zoom in"), Options(device="cpu", preset="draft"))[1]
+    row = find("tiny")
+    file = tmp_path / "made.mp4"
+    frames = iter([np.zeros((160, 240, 3), np.uint8)] * 2)
+    video.write(
+        Video(frames=frames, width=240, height=160, num_frames=2, fps=8),
+        file, parameters=recipe.parameters(row, plan, "0" * 16, 18),
+    )  # fmt: skip
+    assert recipe.recipe(file).request.loras == plan.request.loras
+
+
 def test_the_model_is_loaded_as_it_lies_there() -> None:
     """Nothing of a part is missing or left over, which would leave it random."""
     row = find("tiny")
@@ -129,6 +170,11 @@ def _shift(first: np.ndarray[Any, Any], last: np.ndarray[Any, Any]) -> tuple[int
     down, right = np.unravel_index(peak.argmax(), peak.shape)
     height, width = first.shape
     return int((right + width // 2) % width - width // 2), int((down + height // 2) % height - height // 2)
+
+
+def _sharpness(frame: np.ndarray[Any, Any]) -> float:
+    """Mean square of the differences of neighbours."""
+    return float(sum(np.square(np.diff(frame, axis=axis)).mean() for axis in (0, 1)))
 
 
 def _magnified(frame: np.ndarray[Any, Any], factor: float) -> np.ndarray[Any, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from framefit.families.checkpoint import Checkpoint, Frames, Sizes
 from framefit.families.folder import recognise
 
-__all__ = ["TINY", "tiny"]
+__all__ = ["FOLDER", "TINY", "tiny"]
 
 TINY = "tiny"
 FOLDER = Path(__file__).parents[1] / "models" / TINY
@@ -38,6 +38,9 @@ def tiny() -> Checkpoint:
         max_tokens=64,
         last_image=False,
         shifts=(),
-        presets={},
+        presets={
+            "draft": {"steps": 4, "guidance": (1.0,), "loras": ("few_step.safetensors",)},
+            "standard": {"steps": 16, "guidance": (2.0,)},
+        },
         bundled=True,
     )  # fmt: skip

@@ -139,7 +139,7 @@ class Checkpoint:
     shifts: tuple[tuple[int, float], ...] = ()
     """(area in pixels up to which it holds, flow shift); empty: the scheduler's own."""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """`--preset` name -> Request fields."""
+    """`--preset` name -> Request fields; `loras` are names of files in `folder`."""
     batched_guidance: bool = True
     """Whether the reference runs both guidance branches in one forward."""
     caution: str = ""

@@ -62,7 +62,9 @@ def choose(
     _check_model(request, resolved, checkpoint)
     resolved = _with_shift(resolved, checkpoint, reasons)
     if request.loras:
-        reasons["loras"] = "asked for; merged into the weights when they are loaded"
+        of_preset = "loras" in checkpoint.presets.get(preset or "", {})
+        origin = f"the preset '{preset}'" if of_preset else "asked for"
+        reasons["loras"] = f"{origin}; merged into the weights when they are loaded"
     precision = _precision(precision, device, reasons)
     return Plan(
         request=resolved,

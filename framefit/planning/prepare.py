@@ -13,7 +13,7 @@ from framefit.device import Device
 from framefit.families import Checkpoint, find
 from framefit.plan import Plan
 from framefit.planning.choose import choose
-from framefit.request import Request
+from framefit.request import Lora, Request
 
 __all__ = ["prepare"]
 
@@ -44,6 +44,7 @@ def prepare(
     named = {"image": request.image, "last_image": request.last_image}
     paths = {name: path for name, path in named.items() if path is not None}
     sizes = {name: photo.load(path).size for name, path in paths.items()}
+    request = replace(request, loras=(*_of_preset(checkpoint, preset), *request.loras))
     if request.loras:
         from framefit.families import lora
 
@@ -59,6 +60,12 @@ def prepare(
         precision=precision,
     )
     return checkpoint, _tuned(plan, settings) if use_tuned else plan
+
+
+def _of_preset(checkpoint: Checkpoint, preset: str | None) -> tuple[Lora, ...]:
+    """The LoRAs that come with the model for this preset."""
+    names = checkpoint.presets.get(preset or "", {}).get("loras", ())
+    return tuple(Lora(file=checkpoint.folder / name) for name in names if checkpoint.folder)
 
 
 def _tuned(plan: Plan, explicit: Mapping[str, str]) -> Plan:
