@@ -6,8 +6,6 @@ Each row in a process of its own: random weights on the card, a run with weights
 host memory, and the same run with denoising under a cap on what torch's allocator reserves. Two steps on each side of
 the swap of experts. One JSON a row. Weights are random, so that the video means nothing; seconds and bytes do not
 depend on them.
-
-Allocator: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set here before torch is imported, where it is not set.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import subprocess
 import sys
 import time
@@ -25,14 +22,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-
 import psutil
 import torch
 from torch import nn
 
 from framefit.checkpoint import State
-from framefit.device import Device
+from framefit.device import Device, expand_segments
 from framefit.errors import DoesNotFit
 from framefit.families import CHECKPOINTS, Checkpoint
 from framefit.families.parts import PRECISIONS, Parts
@@ -84,11 +79,12 @@ def perform(name: str, values: list[str], cap_gib: float | None, folder: Path) -
     row, (width, height) = CHECKPOINTS[ROWS[name][0]], ROWS[name][1:3]
     plan = _plan(name, "none")
     began = time.perf_counter()
+    expand_segments()
     parts = apply_all(_random(row, plan), plan)
     facts: dict[str, Any] = {
         "row": name, "model": row.id, "size": [width, height], "num_frames": ROWS[name][3], "steps": STEPS,
         "device": f"{plan.device.name}, torch {torch.__version__}", "precision": plan.precision,
-        "allocator": os.environ["PYTORCH_CUDA_ALLOC_CONF"], "build_s": round(time.perf_counter() - began, 1),
+        "build_s": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     resident, still = _run(plan, parts, None)
     print(f"{name} none: {_summary(resident)}", flush=True)

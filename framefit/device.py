@@ -20,12 +20,14 @@ from framefit.cards import CARDS
 from framefit.errors import DoesNotFit, UsageError
 from framefit.rates import Unseen
 
-__all__ = ["Device"]
+__all__ = ["Device", "expand_segments"]
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 GIB = 2**30
 EXPANDING_BYTES = 20 * 2**20
 """By which torch's expandable segments grow, past a cap too (CUDACachingAllocator, kLargeBuffer)."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables that configure torch's allocator, the second an older name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,12 +142,17 @@ class Device:
             raise UsageError(_not_here(self.id))
 
     @contextlib.contextmanager
-    def capped(self) -> Iterator[None]:
+    def capped(self, *, growing: bool = True) -> Iterator[None]:
         """In this block torch reserves no more than the limit, and raises its out-of-memory error where it would.
+
+        Args:
+            growing: whether its segments may grow from here on, see `expand_segments`; else as torch is configured.
 
         Raises:
             DoesNotFit: this process holds more than that already.
         """
+        if growing and self.id.startswith("cuda") and self.origin != "named":
+            expand_segments()
         if self.vram_limit_bytes is None:
             yield
             return
@@ -160,7 +167,7 @@ class Device:
             )
         before = torch.cuda.get_per_process_memory_fraction(self.id)
         total = torch.cuda.get_device_properties(self.id).total_memory
-        cap = self.vram_limit_bytes - (EXPANDING_BYTES if _segments_expand() else 0)
+        cap = self.vram_limit_bytes - EXPANDING_BYTES
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, cap) / total), self.id)
         try:
             yield
@@ -191,6 +198,17 @@ class Device:
                 f"{self.context_bytes / GIB:.2f}): ask for no more."
             )
         return replace(self, vram_limit_bytes=vram_bytes)
+
+
+def expand_segments() -> None:
+    """Let the segments of torch's allocator grow, so that what it reserves of a card stays near what is allocated.
+
+    Where the environment says how torch is to allocate, that holds. Segments that are there already stay as they are.
+    """
+    if not any(os.environ.get(name) for name in ALLOCATOR):
+        import torch
+
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def _not_here(id: str) -> str:
@@ -225,11 +243,6 @@ def _cuda_index(which: str) -> int:
     if int(index or 0) >= count:
         raise UsageError(f"device '{which}' was asked for and torch sees {count} CUDA devices: use --device cpu.")
     return int(index or 0)
-
-
-def _segments_expand() -> bool:
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    return any("expandable_segments:true" in os.environ.get(name, "").lower() for name in names)
 
 
 def _host() -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_a_device_of_an_older_file_is_read() -> None:
 @pytest.fixture
 def allocator(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """torch's, as far as the cap asks it: a card of 139.8 GiB of which nothing is held."""
-    state: dict[str, Any] = {"fraction": 1.0, "held": 0, "emptied": 0}
+    state: dict[str, Any] = {"fraction": 1.0, "held": 0, "emptied": 0, "settings": []}
     total = type("Properties", (), {"total_memory": 150_110_011_392})
 
     def set_fraction(fraction: float, device: str) -> None:
@@ -191,18 +191,22 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "set_per_process_memory_fraction": set_fraction,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", state["settings"].append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     state["allowed"] = lambda: int(state["fraction"] * total.total_memory)  # as CUDACachingAllocator computes it
     return state
 
 
 @pytest.mark.parametrize("limit", [1, 11_811_160_065, 12 * GIB, 12 * GIB + 12345])
-def test_a_cap_is_set_and_lifted(limit: int, allocator: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cap_is_set_and_lifted(limit: int, allocator: dict[str, Any]) -> None:
     device, before = HERE._limited(limit), 0.75
     allocator["fraction"] = before
 
     def fails() -> None:
         with device.capped():
-            assert limit - 1 <= allocator["allowed"]() <= limit
+            cap = max(0, limit - 20 * 2**20)  # by which segments that grow do so past it
+            assert cap - 1 <= allocator["allowed"]() <= cap
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -211,9 +215,18 @@ def test_a_cap_is_set_and_lifted(limit: int, allocator: dict[str, Any], monkeypa
     assert allocator["emptied"] == 1
     with HERE.capped():
         assert allocator["fraction"] == before
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    with device.capped():
-        assert allocator["allowed"]() <= max(0, limit - 20 * 2**20)
+
+
+def test_segments_grow_in_a_run_unless_the_user_says_otherwise(
+    allocator: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HERE.capped(growing=False), Device.detect("cpu").capped():
+        assert allocator["settings"] == []
+    with HERE.capped(), HERE._limited(2 * GIB).capped():
+        assert allocator["settings"] == ["expandable_segments:True"] * 2
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    with HERE.capped():
+        assert len(allocator["settings"]) == 2
 
 
 def test_a_cap_below_what_is_held_is_refused(allocator: dict[str, Any]) -> None:

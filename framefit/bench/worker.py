@@ -81,7 +81,7 @@ def perform(job: Job) -> dict[str, Any]:
         checkpoint = job.scenario.checkpoint(job.weights)
         plan = _plan(job, job.scenario.needed(checkpoint), Device.detect(job.device, vram_bytes=job.vram_bytes))
         reply = {"plan": {s.type: s.value for s in plan.settings}, "facts": _facts(plan)}
-        with plan.device.capped():
+        with plan.device.capped(growing=job.variant.engine == "framefit"):
             row = _measure(job, checkpoint, plan)
     except UsageError as error:  # a setting that the plan refuses here
         row = Row(name=job.variant.name, status="left out" if job.variant.settings else "failed", because=str(error))

@@ -129,8 +129,8 @@ RULES: tuple[Rule, ...] = (
         "{retries:.3g} times the allocator had to empty its cache",
         remedies=(
             Remedy(
-                do="leave memory free: end what else holds it, do not empty the cache between steps, or set "
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", tier="exact", gain=_lost,
+                do="leave memory free: end what else holds it, and leave PYTORCH_ALLOC_CONF unset or with "
+                "expandable_segments:True", tier="exact", gain=_lost,
             ),
             Remedy(
                 do="--set guidance=apart halves the activations", tier="exact", gain=_where("guidance", "together"),

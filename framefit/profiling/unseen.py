@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from framefit import rates
 from framefit.apart import apart
+from framefit.device import expand_segments
 from framefit.families.parts import PRECISIONS
 from framefit.profiling.ceilings import measure
 from framefit.rates import Rates, Unseen
@@ -46,6 +47,7 @@ def probe(device: str, file: Path | None = None) -> Rates:
 @torch.no_grad()
 def _measured(device: str, free_bytes: int) -> dict[str, Any]:
     """In a fresh process, before which `free_bytes` were free on the card."""
+    expand_segments()  # as a run does
     torch.cuda.set_device(device)
     bare = free_bytes - torch.cuda.mem_get_info(device)[0]
     workspace = _cublas_workspace(device)
