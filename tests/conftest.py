@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from framefit.request import Request
 from framefit.testing import save_tiny
 
 torch.set_num_threads(1)  # tiny models: a second thread waits more than it works
+
+
+def pytest_collection_finish() -> None:
+    """What is imported is there for good: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
 
 SIZE = (96, 64)
 

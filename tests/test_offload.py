@@ -40,6 +40,8 @@ DEEP = {
 ARCHITECTURES = [id for id in CHECKPOINTS if id not in ("wan2.1-i2v-14b-720p", "easyanimate-v5.1-12b-inp")]
 """The rows but for those that differ from another in size alone."""
 
+FAMILIES = ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl"]
+
 Make = Callable[..., Plan]
 Deep = Callable[[str], Checkpoint]
 Made = tuple[torch.Tensor, np.ndarray[Any, Any]]
@@ -127,9 +129,12 @@ def placement(parts: Parts) -> Offloaded:
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("value", MOVING)
 @pytest.mark.parametrize(
-    "id", [id for id in CHECKPOINTS if id not in ("wan2.1-i2v-14b-720p", "easyanimate-v5.1-12b-inp")]
+    ("id", "value"),
+    [
+        *((id, "block") for id in ARCHITECTURES),
+        *((id, value) for id in FAMILIES for value in MOVING if value != "block"),
+    ],
 )
 def test_the_same_video_to_the_last_bit(
     id: str, value: str, deep: Deep, make_plan: Make, stays: Callable[[str, Plan], Made]
