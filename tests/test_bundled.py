@@ -78,7 +78,7 @@ class Camera:
 
     @staticmethod
     def request(prompt: str) -> Request:
-        return Request(image=ROCKET, prompt=prompt, seed=3, steps=4, width=192, height=128)
+        return Request(image=ROCKET, prompt=prompt, seed=3, steps=4, width=240, height=160)
 
     @staticmethod
     def frames(plan: Plan, parts: Parts) -> np.ndarray[Any, Any]:
