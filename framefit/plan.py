@@ -34,6 +34,8 @@ class Setting:
     more: ClassVar[str] = ""
     """A further form of value, as it is written for the user; empty: there is none."""
     tier: ClassVar[Tier] = "exact"
+    phases: ClassVar[tuple[str, ...]] = ("",)
+    """What the names of the phases begin with that it changes; the empty one: of all."""
 
     value: str
     because: str = ""
@@ -63,6 +65,7 @@ class Guidance(Setting):
     type = "guidance"
     title = "guidance branches"
     values = ("together", "apart")
+    phases = ("denoise",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +116,8 @@ class PhaseEstimate:
     """Temporary files."""
     held: Mapping[str, int]
     """What is largest at the peak, by name, in bytes."""
+    pinned_bytes: int = 0
+    """Of those in RAM, pinned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
