@@ -8,18 +8,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from framefit.device import Device
 from framefit.errors import UsageError
 from framefit.request import ResolvedRequest
 
-__all__ = ["SETTINGS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
+__all__ = [
+    "QUALITIES", "SETTINGS", "TIERS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier",
+]  # fmt: skip
 
 S = TypeVar("S", bound="Setting")
 
 Tier = Literal["exact", "near", "lossy"]
 """exact: the same maths reordered; near: a bounded numeric error; lossy: another computation."""
+TIERS: tuple[Tier, ...] = get_args(Tier)
+QUALITIES: dict[str, Tier] = {"exact": "exact", "near": "near", "fast": "lossy"}
+"""`--quality` -> the weakest tier that is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +53,11 @@ class Setting:
     @classmethod
     def accepts(cls, value: str) -> bool:
         return value in cls.values
+
+    @classmethod
+    def touches(cls, phase: str) -> bool:
+        """Whether a phase, or what begins so, is another with this type's other values."""
+        return any(phase.startswith(name) or name.startswith(phase) for name in cls.phases)
 
     @classmethod
     def possible(cls) -> tuple[str, ...]:
@@ -186,8 +196,22 @@ class Plan:
 
     @property
     def feasible(self) -> bool:
-        """Whether its largest phase fits, on a card in RAM too; without a dry run, whether the weights do."""
-        return self.estimate.peak_bytes <= self.estimate.free_bytes and self.host_fits
+        """Whether every phase fits, on a card in RAM too; without a dry run, whether the weights do."""
+        if not self.estimate.phases:
+            return self.estimate.weights_bytes <= self.estimate.free_bytes
+        return all(self.fits(phase) for phase in self.estimate.phases)
+
+    def fits(self, phase: PhaseEstimate) -> bool:
+        return self.excess_bytes(phase) <= 0
+
+    def excess_bytes(self, phase: PhaseEstimate) -> int:
+        """What a phase needs beyond what there is: of the card, of RAM for weights that are kept there, of the disk."""
+        if self.device.id == "cpu":
+            return phase.host_bytes - self.estimate.free_bytes
+        over = phase.peak_vram_bytes - self.estimate.free_bytes
+        if self.offload != "none":
+            over = max(over, phase.host_bytes - self.device.ram_free_bytes)
+        return max(over, phase.disk_bytes - self.device.disk_free_bytes)
 
     @property
     def host_fits(self) -> bool:

@@ -1,20 +1,20 @@
 """What a plan may choose from: of every type of setting the values, from the fastest to the leanest. One line a type.
 
-The first value of a type is what stands where everything fits. A value is for those whose tier allows it. Where weights
-lie is no line of the table: it is solved for, see `placements`.
+The first value of a type stands where everything fits; a value is for plans whose tier allows it. Where weights lie is
+no line of the table: with what was traced, every place is computed and compared (`places`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from framefit.families import Checkpoint
-from framefit.plan import Guidance, Offload, Plan, Setting, Tier
-from framefit.planning.moved import blocks
+from framefit.plan import TIERS, Guidance, Plan, Setting, Tier
+from framefit.planning import moved
 from framefit.planning.phase import PhaseTrace
 
-__all__ = ["CANDIDATES", "RUNG", "Candidates", "climbed", "placements", "with_values"]
+__all__ = ["CANDIDATES", "RUNG", "Candidates", "ladder", "places", "slower"]
 
 RUNG = 1.01
 """Seconds of a phase over those with the value before, beyond what rates tell: launches, smaller kernels. Assumed."""
@@ -22,10 +22,45 @@ RUNG = 1.01
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """One type."""
+    """Of one type."""
 
     kind: type[Setting]
     values: Callable[[Checkpoint], tuple[str, ...]]
     moves_weights: bool = False
-    """Whether it changes how many bytes of weights there are."""
+    """Whether there are fewer bytes of weights with some of them."""
 
+
+def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return ("together", "apart") if checkpoint.batched_guidance else ("apart",)
+
+
+CANDIDATES: tuple[Candidates, ...] = (Candidates(Guidance, _guidance),)
+
+
+def ladder(each: Candidates, plan: Plan, checkpoint: Checkpoint, tier: Tier, fixed: Sequence[str]) -> tuple[str, ...]:
+    """The values that are open: those that the tier allows, from the one that stands on; only that one where it was
+    asked for, or is none of them."""
+    stands, values = plan.setting(each.kind).value, each.values(checkpoint)
+    if each.kind.type in fixed or stands not in values:
+        return (stands,)
+    allowed = TIERS[: TIERS.index(tier) + 1]
+    return tuple(v for v in values[values.index(stands) :] if v == stands or each.kind(value=v).tier in allowed)
+
+
+def places(plan: Plan, traces: Sequence[PhaseTrace], fixed: Sequence[str]) -> tuple[str, ...]:
+    """The values of offload that are open, likewise: from all on the card to one layer at a time."""
+    if "offload" in fixed or plan.device.id == "cpu":
+        return (next(s.value for s in plan.settings if s.type == "offload"),)
+    stay = range(moved.blocks(traces) - 1, 0, -1)
+    return ("none", "part", *(f"block:{kept}" for kept in stay), "block", "leaf")
+
+
+def slower(plan: Plan, checkpoint: Checkpoint, phase: str) -> float:
+    """What the values of a plan cost in a phase beyond what rates tell: a factor."""
+    rungs = 0
+    for each in CANDIDATES:
+        values = each.values(checkpoint)
+        for setting in plan.settings:
+            if isinstance(setting, each.kind) and setting.value in values and setting.touches(phase):
+                rungs += values.index(setting.value)
+    return RUNG**rungs

@@ -33,7 +33,7 @@ from framefit.passes.guidance import guided
 from framefit.plan import Offload, Plan
 from framefit.planning.phase import Given, PhaseTrace
 from framefit.planning.placed import Cut, Placed, cut, placed, watch
-from framefit.planning.traces import STAGES, touches
+from framefit.planning.traces import STAGES
 from framefit.testing import random_parts
 
 __all__ = ["followed", "trace"]
@@ -56,9 +56,9 @@ def trace(plan: Plan, checkpoint: Checkpoint, known: Mapping[str, Given] | None 
     known = known or {}
     # where some blocks stay and some stream, no block stands for another
     whole = checkpoint.experts if any(isinstance(s, Offload) and s.kept for s in plan.settings) else ()
-    settings = tuple(s for s in plan.settings if any(touches(s, stage) for stage in STAGES if stage not in known))
+    settings = tuple(s for s in plan.settings if any(s.touches(stage) for stage in STAGES if stage not in known))
     # a pass expects whatever its setting touches
-    stages = {stage for stage in STAGES if stage not in known or any(touches(s, stage) for s in settings)}
+    stages = {stage for stage in STAGES if stage not in known or any(s.touches(stage) for s in settings)}
     models = {name for stage in stages for name in _models(stage, checkpoint)}
     parts, weights, standing = _fake(checkpoint, PRECISIONS[plan.precision], models, whole)
     parts = apply_all(parts, replace(plan, settings=settings))

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from framefit.checkpoint import default_root
 from framefit.families import Checkpoint
-from framefit.plan import Offload, Plan, Setting
+from framefit.plan import Offload, Plan
 from framefit.planning.moved import LEVELS, can_move, moved
 from framefit.planning.phase import PhaseTrace
 
-__all__ = ["STAGES", "PhaseTrace", "resident", "touches", "traced"]
+__all__ = ["STAGES", "PhaseTrace", "resident", "traced"]
 
 STAGES = ("encode_text", "encode_image", "denoise", "decode")
 """What a run does, in order; denoising is a phase for every expert."""
@@ -47,11 +47,6 @@ def resident(plan: Plan, checkpoint: Checkpoint, folder: Path | None = None) -> 
     """As `traced`, with all weights on the device whatever `plan` says."""
     stay = replace(plan, settings=tuple(s for s in plan.settings if not isinstance(s, Offload)))
     return moved(_kept(stay, checkpoint, folder), Offload(value="none"))
-
-
-def touches(setting: Setting, stage: str) -> bool:
-    """Whether a stage is another with this setting."""
-    return any(stage.startswith(name) or name.startswith(stage) for name in setting.phases)
 
 
 def _offload(plan: Plan) -> Offload:
@@ -90,7 +85,7 @@ def _key(plan: Plan, checkpoint: Checkpoint, stage: str) -> str:
         "model": [checkpoint.family, checkpoint.layout, checkpoint.first_frame_clean, checkpoint.max_tokens],
         "work": [request.width, request.height, request.num_frames, request.last_image is not None],
         "guided": [scale > 1 for scale in request.guidance], "precision": plan.precision,
-        "settings": {s.type: s.value for s in plan.settings if touches(s, stage)}, "card": plan.device.id != "cpu",
+        "settings": {s.type: s.value for s in plan.settings if s.touches(stage)}, "card": plan.device.id != "cpu",
     }  # fmt: skip
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
