@@ -8,17 +8,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from framefit.device import Device
-from framefit.errors import UsageError
+from framefit.errors import BadInput, UsageError
 from framefit.request import ResolvedRequest
 
 __all__ = [
-    "QUALITIES", "SETTINGS", "TIERS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier",
+    "ASKED", "QUALITIES", "SETTINGS", "TIERS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting",
+    "Tier",
 ]  # fmt: skip
 
 S = TypeVar("S", bound="Setting")
+
+ASKED = "asked for"
+"""Why a setting is as it is that the user gave: it wins over whatever would be derived."""
 
 Tier = Literal["exact", "near", "lossy"]
 """exact: the same maths reordered; near: a bounded numeric error; lossy: another computation."""
@@ -53,6 +58,11 @@ class Setting:
     @classmethod
     def accepts(cls, value: str) -> bool:
         return value in cls.values
+
+    @property
+    def asked(self) -> bool:
+        """Whether the user gave it."""
+        return self.because == ASKED
 
     @classmethod
     def touches(cls, phase: str) -> bool:
@@ -257,3 +267,17 @@ class Plan:
 
     def dumps(self) -> str:
         return json.dumps(self.to_json(), indent=2)
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """From a file that `framefit plan --json` wrote.
+
+        Raises:
+            BadInput: it cannot be read, or holds no plan.
+        """
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise BadInput(f"{file} cannot be read ({error.strerror}): give a file of framefit plan --json.") from None
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{file} holds no plan ({error!r:.120}): framefit plan --json writes one.") from None

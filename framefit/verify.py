@@ -120,10 +120,11 @@ def verify(
         "preset": options.preset,
         "checkpoints": None,
         "use_tuned": False,
+        "fit": False,
     }
     changed = untouched | {
         "precision": options.precision, "settings": dict(options.settings), "use_tuned": options.use_tuned,
-        "vram_bytes": options.vram_bytes,
+        "vram_bytes": options.vram_bytes, "fit": True, "quality": options.quality,
     }  # fmt: skip
     reference = prepare(request, Options(**untouched))[1]
     scratch = folder.with_name(f".framefit-{secrets.token_hex(8)}.partial")

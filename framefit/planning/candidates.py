@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from framefit.families import Checkpoint
-from framefit.plan import TIERS, Guidance, Plan, Setting, Tier
+from framefit.plan import TIERS, Guidance, Offload, Plan, Setting, Tier
 from framefit.planning import moved
 from framefit.planning.phase import PhaseTrace
 
@@ -37,20 +37,21 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 CANDIDATES: tuple[Candidates, ...] = (Candidates(Guidance, _guidance),)
 
 
-def ladder(each: Candidates, plan: Plan, checkpoint: Checkpoint, tier: Tier, fixed: Sequence[str]) -> tuple[str, ...]:
+def ladder(each: Candidates, plan: Plan, checkpoint: Checkpoint, tier: Tier) -> tuple[str, ...]:
     """The values that are open: those that the tier allows, from the one that stands on; only that one where it was
     asked for, or is none of them."""
     stands, values = plan.setting(each.kind).value, each.values(checkpoint)
-    if each.kind.type in fixed or stands not in values:
+    if plan.setting(each.kind).asked or stands not in values:
         return (stands,)
     allowed = TIERS[: TIERS.index(tier) + 1]
     return tuple(v for v in values[values.index(stands) :] if v == stands or each.kind(value=v).tier in allowed)
 
 
-def places(plan: Plan, traces: Sequence[PhaseTrace], fixed: Sequence[str]) -> tuple[str, ...]:
+def places(plan: Plan, traces: Sequence[PhaseTrace]) -> tuple[str, ...]:
     """The values of offload that are open, likewise: from all on the card to one layer at a time."""
-    if "offload" in fixed or plan.device.id == "cpu":
-        return (next(s.value for s in plan.settings if s.type == "offload"),)
+    offload = plan.setting(Offload)
+    if offload.asked or plan.device.id == "cpu":
+        return (offload.value,)
     stay = range(moved.blocks(traces) - 1, 0, -1)
     return ("none", "part", *(f"block:{kept}" for kept in stay), "block", "leaf")
 

@@ -65,16 +65,21 @@ def with_phases(plan: Plan, checkpoint: Checkpoint, traces: Sequence[PhaseTrace]
     )  # fmt: skip
 
 
-def check_fits(plan: Plan) -> None:
-    """Raises `DoesNotFit` where the plan is not feasible."""
+def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
+    """Raises `DoesNotFit` where the plan is not feasible.
+
+    Args:
+        ways: what would fit, as `planning.changes` found it.
+    """
     if plan.feasible:
         return
+    fits_with = f"it fits with {'; or '.join(map(str, ways))}, or " if ways else "use "
     if not plan.host_fits:
         need = max(phase.host_bytes for phase in plan.estimate.phases)
         raise DoesNotFit(
             f"{plan.request.model} with offload={plan.offload} keeps {need / 2**30:.1f} GiB in RAM and "
-            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: free some, use offload=none, or a smaller model "
-            f"(framefit models ls)."
+            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}offload=none, or a smaller model "
+            f"(framefit models ls); or free some."
         )
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding
     what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
@@ -85,8 +90,8 @@ def check_fits(plan: Plan) -> None:
     fewer = "a smaller --size, fewer --frames, " if weights_fit or plan.offload != "none" else ""
     raise DoesNotFit(
         f"{plan.request.model} needs {need / 2**30:.1f} GiB {what} in {plan.precision} and {plan.device.name} has "
-        f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: use {streamed}{fewer}a smaller model "
-        f"(framefit models ls) or a larger device."
+        f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: {fits_with}{'' if ways else streamed + fewer}a smaller "
+        f"model (framefit models ls) or a larger device."
     )
 
 

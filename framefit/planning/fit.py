@@ -9,7 +9,7 @@ give the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
@@ -48,19 +48,20 @@ class Option:
         return False
 
 
-def fitted(plan: Plan, checkpoint: Checkpoint, *, fixed: Sequence[str] = (), tier: Tier = "exact") -> Plan:
+def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
     """`plan` with its estimate; where it does not fit, with the fastest settings that do, and a reason for each.
+
+    What the user asked for stays.
 
     Where nothing fits, with the leanest settings: it is not feasible then.
 
     Args:
-        fixed: types of settings that are not changed.
         tier: the weakest that a setting may have that nobody asked for.
     """
     first = estimated(plan, checkpoint)
     if first.feasible or not first.estimate.phases:
         return first
-    search = _Search(plan, checkpoint, tuple(fixed), tier)
+    search = _Search(plan, checkpoint, tier)
     found = search.best() or search.leanest()
     before = {
         s.type: search.before(found, s)
@@ -70,16 +71,15 @@ def fitted(plan: Plan, checkpoint: Checkpoint, *, fixed: Sequence[str] = (), tie
     return reasoned(found.plan, before, blocks(found.traces))
 
 
-def leanest(plan: Plan, checkpoint: Checkpoint, *, fixed: Sequence[str] = (), tier: Tier = "exact") -> Plan:
+def leanest(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
     """`plan` with the settings that need least, whatever they take; quicker than `fitted`."""
-    return _Search(plan, checkpoint, tuple(fixed), tier).leanest().plan
+    return _Search(plan, checkpoint, tier).leanest().plan
 
 
 @dataclass(frozen=True, slots=True)
 class _Search:
     plan: Plan
     checkpoint: Checkpoint
-    fixed: tuple[str, ...]
     tier: Tier
     _met: dict[Rungs, tuple[Option, ...]] = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ class _Search:
     def ladders(self) -> list[tuple[Candidates, tuple[str, ...]]]:
         kinds = {setting.type for setting in self.plan.settings}
         return [
-            (each, ladder(each, self.plan, self.checkpoint, self.tier, self.fixed))
+            (each, ladder(each, self.plan, self.checkpoint, self.tier))
             for each in CANDIDATES if each.kind.type in kinds
         ]  # fmt: skip
 
@@ -139,7 +139,7 @@ class _Search:
         values = {each.kind.type: ladder[rung] for (each, ladder), rung in zip(self.ladders, rungs, strict=True)}
         plan = _with(self.plan, values)
         traces = resident(plan, self.checkpoint)
-        for index, place in enumerate(places(plan, traces, self.fixed)):
+        for index, place in enumerate(places(plan, traces)):
             there = _with(plan, {"offload": place})
             offload = there.setting(Offload)
             found = moved(traces, offload) if can_move(traces, offload) else traced(there, self.checkpoint)
@@ -165,5 +165,5 @@ def _bound(option: Option, each: Candidates) -> float:
 
 
 def _excess(plan: Plan) -> int:
-    """Bytes that it needs beyond what there is, where it is most."""
-    return max(plan.excess_bytes(phase) for phase in plan.estimate.phases)
+    """Bytes that it needs beyond what there is, phase by phase."""
+    return sum(max(0, plan.excess_bytes(phase)) for phase in plan.estimate.phases)
