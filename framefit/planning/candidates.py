@@ -7,14 +7,14 @@ no line of the table: with what was traced, every place is computed and compared
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from framefit.families import Checkpoint
 from framefit.plan import TIERS, Guidance, Offload, Plan, Setting, Tier
 from framefit.planning import moved
 from framefit.planning.phase import PhaseTrace
 
-__all__ = ["CANDIDATES", "RUNG", "Candidates", "ladder", "places", "slower"]
+__all__ = ["CANDIDATES", "RUNG", "Candidates", "ladder", "places", "slower", "usual"]
 
 RUNG = 1.01
 """Seconds of a phase over those with the value before, beyond what rates tell: launches, smaller kernels. Assumed."""
@@ -35,6 +35,15 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 CANDIDATES: tuple[Candidates, ...] = (Candidates(Guidance, _guidance),)
+
+
+def usual(plan: Plan, checkpoint: Checkpoint, *, keep_asked: bool = True) -> Plan:
+    """`plan` with the first value of every setting that nobody asked for, or of all of them."""
+    first = {each.kind: each.values(checkpoint)[0] for each in CANDIDATES} | {Offload: "none"}
+    settings = tuple(
+        s if (keep_asked and s.asked) or type(s) not in first else type(s)(value=first[type(s)]) for s in plan.settings
+    )
+    return replace(plan, settings=settings)
 
 
 def ladder(each: Candidates, plan: Plan, checkpoint: Checkpoint, tier: Tier) -> tuple[str, ...]:

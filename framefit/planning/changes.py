@@ -9,6 +9,7 @@ from typing import Any
 
 from framefit.families import Checkpoint
 from framefit.plan import QUALITIES, TIERS, Plan, Tier
+from framefit.planning.candidates import usual
 from framefit.planning.fit import fitted, leanest
 from framefit.request import ResolvedRequest
 
@@ -51,9 +52,10 @@ def changes(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> tupl
 def _all(plan: Plan, checkpoint: Checkpoint, tier: Tier) -> Iterator[Change]:
     asked = [s for s in plan.settings if s.asked]
     if asked:
-        free = replace(plan, settings=tuple(replace(s, because="") for s in plan.settings))
+        free = usual(plan, checkpoint, keep_asked=False)
         named = " ".join(f"--set {s.type}={s.value}" for s in asked)
         yield from _if_fits(f"without {named}", fitted(free, checkpoint, tier=tier))
+    plan = usual(plan, checkpoint)
     for quality, weaker in QUALITIES.items():
         if TIERS.index(weaker) > TIERS.index(tier):
             found = leanest(plan, checkpoint, tier=weaker)
