@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types test-gpu clean
+.PHONY: demo test lint types fits test-gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/framefit run -p "the camera tilts up past the rocket" --seed 1 -o outputs/demo.mp4 --overwrite
@@ -19,6 +19,12 @@ lint: $(VENV)/test
 
 types: $(VENV)/test
 	$(BIN)/mypy
+
+# The table in docs/fits.md, anew: no card is needed, some ten minutes the first time.
+fits: $(VENV)/test
+	$(BIN)/framefit plan --table > $(VENV)/fits.md
+	{ sed '/^|/d' docs/fits.md; cat $(VENV)/fits.md; } > $(VENV)/page.md
+	mv $(VENV)/page.md docs/fits.md
 
 # On a machine with a CUDA card and framefit's dependencies in $(PYTHON).
 test-gpu:

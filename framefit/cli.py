@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from framefit import __version__, commands
 from framefit.errors import FramefitError, UsageError
+from framefit.plan import QUALITIES
 from framefit.request import Request
 
 __all__ = ["main", "parser"]
@@ -126,6 +127,9 @@ def parser() -> argparse.ArgumentParser:
     _request_flags(run)
     _option_flags(run)
     _output_flags(run)
+    run.add_argument(
+        "--plan", type=Path, metavar="FILE", help="make the video of a plan that framefit plan --json wrote"
+    )
     run.add_argument("--resume", metavar="ID", help="go on with an interrupted run")
     run.add_argument("--restart", action="store_true", help="with --resume: begin again from step 0")
 
@@ -133,6 +137,8 @@ def parser() -> argparse.ArgumentParser:
     _request_flags(plan)
     _option_flags(plan)
     plan.add_argument("--ram", type=_bytes, metavar="SIZE", help="of the machine of a named card (default: this one's)")
+    plan.add_argument("--diff", nargs=2, type=Path, metavar=("A", "B"), help="what differs between two saved plans")
+    plan.add_argument("--table", action="store_true", help="what fits on cards of 8 to 48 GB, as Markdown; minutes")
 
     profile = _command(names, "profile", commands.profile, "show where a run's time and memory go, phase by phase")
     _profile_flags(profile)
@@ -186,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
     _request_flags(tune)
     tune.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     tune.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
-    tune.add_argument("--quality", choices=["exact", "near", "fast"], default="exact", help="the weakest tier allowed")
+    tune.add_argument("--quality", choices=list(QUALITIES), default="exact", help="the weakest tier allowed")
     tune.add_argument("--memory", type=_bytes, metavar="SIZE", help="most that a run may hold, e.g. 12GiB")
     tune.add_argument("--restart", action="store_true", help="forget the trials of an interrupted search")
 
@@ -273,6 +279,9 @@ def _option_flags(command: argparse.ArgumentParser) -> None:
         "--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto); to plan, also a card, as rtx-4090"
     )
     _vram_flag(command)
+    command.add_argument(
+        "--quality", choices=list(QUALITIES), help="the weakest tier that a derived setting may have (default exact)"
+    )
     command.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: what the device computes best")
     command.add_argument(
         "--set", action="append", default=[], type=_setting, metavar="SETTING=VALUE", dest="settings",

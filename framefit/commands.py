@@ -17,7 +17,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from framefit import plans
 from framefit.errors import DoesNotFit, FramefitError, UsageError
+from framefit.plan import QUALITIES
 from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
@@ -51,18 +53,26 @@ __all__ = [
 
 
 def run(flags: Namespace) -> None:
+    from framefit.plan import Plan
     from framefit.progress import Progress
-    from framefit.run import generate, resume
+    from framefit.run import generate, replay, resume
 
     with Progress(flags) as progress:
         options = progress.options(
-            preset=flags.preset, precision=flags.precision, settings=dict(flags.settings), use_tuned=not flags.untuned
+            preset=flags.preset, precision=flags.precision, settings=dict(flags.settings), use_tuned=not flags.untuned,
+            quality=flags.quality or "exact",
         )  # fmt: skip
         if flags.resume:
+            if flags.plan:
+                raise UsageError("--resume goes on with a run and --plan begins one: leave one of them out.")
             _refuse_with_resume(flags)
             report = resume(flags.resume, flags.output, options, restart=flags.restart)
         elif flags.restart:
             raise UsageError("--restart begins an interrupted run again: add --resume ID.")
+        elif flags.plan:
+            if given := _asked(flags):
+                raise UsageError(f"--plan says what to make, and how, and {given[0]} would change it: leave one out.")
+            report = replay(Plan.read(flags.plan), flags.output or _default_output(), options)
         elif flags.prompt is None:
             raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
         else:
@@ -85,61 +95,52 @@ def rerun(flags: Namespace) -> None:
 
 
 def plan(flags: Namespace) -> int:
-    from framefit.planning import check_fits, estimated
+    if flags.diff:
+        return _plan_diff(flags)
+    if flags.table:
+        return _plan_table(flags)
+    from framefit.planning import changes, check_fits, fitted
 
+    tier = QUALITIES[flags.quality or "exact"]
     checkpoint, plan = _prepared(flags)
-    plan = estimated(plan, checkpoint)
-    request, reasons = plan.request, plan.reasons
-    rows = [
-        ("model", f"{checkpoint.id} ({checkpoint.title})", ""),
-        ("device", plan.device.name, _budget(plan)),
-        ("size", f"{request.width}x{request.height}, photo {request.fit}", reasons["size"]),
-        ("frames", f"{request.num_frames} at {request.fps:g} fps", reasons["num_frames"]),
-        ("steps", request.steps, reasons["steps"]),
-        ("guidance", ", ".join(f"{g:g}" for g in request.guidance), reasons["guidance"]),
-        ("shift", "-" if request.shift is None else f"{request.shift:g}", reasons["shift"]),
-        ("seed", request.seed, reasons["seed"]),
-        ("precision", plan.precision, reasons["precision"]),
-        *(("lora", lora, reasons["loras"]) for lora in request.loras),
-        *((s.title, f"{s.value} [{s.tier}]", s.because) for s in plan.settings),
-        (
-            "weights",
-            f"{plan.estimate.weights_bytes / 2**30:.2f} GiB",
-            f"of all components; {plan.estimate.free_bytes / 2**30:.1f} GiB are free",
-        ),
-    ]
-    _finish(plan.to_json(), flags, f"{_table(rows)}\n\n{_table(_phases(plan))}")
+    plan = fitted(plan, checkpoint, tier=tier)
+    ways = () if plan.feasible or not plan.estimate.phases else changes(plan, checkpoint, tier=tier)
+    facts = plan.to_json() | ({} if plan.feasible else {"changes": [way.to_json() for way in ways]})
+    _finish(facts, flags, f"{_table(plans.rows(plan, checkpoint))}\n\n{_table(plans.phases(plan))}")
     try:
-        check_fits(plan)
+        check_fits(plan, ways)
     except DoesNotFit as error:  # the plan itself is the answer: it is on stdout already
         print(f"framefit: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def _phases(plan: Plan) -> list[tuple[object, ...]]:
-    estimate, on_card = plan.estimate, plan.device.id != "cpu"
-    rows: list[tuple[object, ...]] = [("phase", "seconds", "card GiB" if on_card else "", "host GiB", "most of it")]
-    for phase in estimate.phases:
-        mark = " *" if phase == estimate.binding else ""
-        seconds = "-" if phase.seconds is None else f"{phase.seconds:.3g}"
-        card = f"{phase.peak_vram_bytes / 2**30:.2f}" if on_card else ""
-        most = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in list(phase.held.items())[:2])
-        rows.append((phase.name + mark, seconds, card, f"{phase.host_bytes / 2**30:.2f}", most))
-    total = "-" if estimate.seconds is None else f"{estimate.seconds:.3g}"
-    return [
-        *rows,
-        ("after loading", total, f"{estimate.peak_bytes / 2**30:.2f}" if on_card else "", "", estimate.origin),
-    ]
+def _plan_diff(flags: Namespace) -> int:
+    from framefit.plan import Plan
+    from framefit.planning import differences
+
+    found = differences(*(Plan.read(file) for file in flags.diff))
+    rows = plans.differing(found, *map(str, flags.diff))
+    text = _table(rows) if found else "the plans are the same"
+    _finish({"differences": [each.to_json() for each in found]}, flags, text)
+    return 0
 
 
-def _budget(plan: Plan) -> str:
-    device = plan.device
-    if device.id == "cpu":
-        return ""
-    free = "what is free beside CUDA's context" if device.vram_limit_bytes is None else "by --vram"
-    here = "; not a card of this machine" if device.origin == "named" else ""
-    return f"{device.budget_bytes / 2**30:.2f} GiB for the run: {free}{here}"
+def _plan_table(flags: Namespace) -> int:
+    from framefit.families import CHECKPOINTS
+    from framefit.planning import fits
+
+    if flags.model is not None and flags.model not in CHECKPOINTS:
+        raise UsageError(f"--table is for the published models and '{flags.model}' is none: framefit models ls.")
+    rows = list(
+        fits.rows(
+            tier=QUALITIES[flags.quality or "exact"], ram_bytes=flags.ram, models=(flags.model,) if flags.model else (),
+            told=lambda what: print(f"{what} ...", file=sys.stderr),
+        )
+    )  # fmt: skip
+    facts = [dict(zip(fits.COLUMNS, row.cells(), strict=True)) for row in rows]
+    _finish({"rows": facts}, flags, fits.markdown(rows))
+    return 0
 
 
 def profile(flags: Namespace) -> None:
@@ -156,6 +157,7 @@ def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     from framefit.families import hub
     from framefit.ledger import Ledger
     from framefit.pipeline import load
+    from framefit.planning import fitted
     from framefit.profiling import measure, profile
     from framefit.profiling.profile import check_folder
     from framefit.run import check_runs
@@ -163,6 +165,9 @@ def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     folder = flags.output or Path("outputs") / f"profile_{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint, plan = _prepared(flags)
     hub.locate(checkpoint)
+    plan.device.check_here()
+    if plan.device.id != "cpu":
+        plan = fitted(plan, checkpoint, tier=QUALITIES[flags.quality or "exact"])
     plan = check_runs(plan, checkpoint)
     check_folder(folder, overwrite=flags.overwrite)
     quiet_libraries()
@@ -354,7 +359,7 @@ def verify(flags: Namespace) -> int:
         raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
     options = Options(
         device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
-        use_tuned=not flags.untuned, vram_bytes=flags.vram,
+        use_tuned=not flags.untuned, vram_bytes=flags.vram, quality=flags.quality or "exact",
     )  # fmt: skip
     folder = flags.output or Path("outputs") / f"verify_{time.strftime('%Y%m%d-%H%M%S')}"
     verdict = verify(
@@ -386,7 +391,7 @@ def tune(flags: Namespace) -> None:
         print(f"{number} of {total}: {named(settings)} ...", file=sys.stderr)
 
     found = tune(
-        _request(flags), options, tier="lossy" if flags.quality == "fast" else flags.quality,
+        _request(flags), options, tier=QUALITIES[flags.quality],
         budget_bytes=flags.memory, restart=flags.restart, on_trial=told,
     )  # fmt: skip
     usual = found.trials[0].step_s or 0
@@ -453,7 +458,7 @@ def _asked(flags: Namespace) -> list[str]:
         "--negative": flags.negative_prompt, "--size": flags.size, "--fit": flags.fit, "--frames": flags.num_frames,
         "--fps": flags.fps, "--steps": flags.steps, "--guidance": flags.guidance, "--seed": flags.seed,
         "--lora": flags.loras, "--preset": flags.preset, "--precision": flags.precision,
-        "--set": flags.settings or None, "--untuned": flags.untuned or None,
+        "--set": flags.settings or None, "--quality": flags.quality, "--untuned": flags.untuned or None,
     }  # fmt: skip
     return [flag for flag, value in values.items() if value is not None]
 

@@ -8,18 +8,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from framefit.device import Device
-from framefit.errors import UsageError
+from framefit.errors import BadInput, UsageError
 from framefit.request import ResolvedRequest
 
-__all__ = ["SETTINGS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
+__all__ = [
+    "ASKED", "QUALITIES", "SETTINGS", "TIERS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting",
+    "Tier",
+]  # fmt: skip
 
 S = TypeVar("S", bound="Setting")
 
+ASKED = "asked for"
+"""Why a setting is as it is that the user gave: it wins over whatever would be derived."""
+
 Tier = Literal["exact", "near", "lossy"]
 """exact: the same maths reordered; near: a bounded numeric error; lossy: another computation."""
+TIERS: tuple[Tier, ...] = get_args(Tier)
+QUALITIES: dict[str, Tier] = {"exact": "exact", "near": "near", "fast": "lossy"}
+"""`--quality` -> the weakest tier that is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +44,8 @@ class Setting:
     more: ClassVar[str] = ""
     """A further form of value, as it is written for the user; empty: there is none."""
     tier: ClassVar[Tier] = "exact"
+    phases: ClassVar[tuple[str, ...]] = ("",)
+    """What the names of the phases begin with that it changes; the empty one: of all."""
 
     value: str
     because: str = ""
@@ -46,6 +58,16 @@ class Setting:
     @classmethod
     def accepts(cls, value: str) -> bool:
         return value in cls.values
+
+    @property
+    def asked(self) -> bool:
+        """Whether the user gave it."""
+        return self.because == ASKED
+
+    @classmethod
+    def touches(cls, phase: str) -> bool:
+        """Whether a phase, or what begins so, is another with this type's other values."""
+        return any(phase.startswith(name) or name.startswith(phase) for name in cls.phases)
 
     @classmethod
     def possible(cls) -> tuple[str, ...]:
@@ -63,6 +85,7 @@ class Guidance(Setting):
     type = "guidance"
     title = "guidance branches"
     values = ("together", "apart")
+    phases = ("denoise",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +136,8 @@ class PhaseEstimate:
     """Temporary files."""
     held: Mapping[str, int]
     """What is largest at the peak, by name, in bytes."""
+    pinned_bytes: int = 0
+    """Of those in RAM, pinned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,8 +206,22 @@ class Plan:
 
     @property
     def feasible(self) -> bool:
-        """Whether its largest phase fits, on a card in RAM too; without a dry run, whether the weights do."""
-        return self.estimate.peak_bytes <= self.estimate.free_bytes and self.host_fits
+        """Whether every phase fits, on a card in RAM too; without a dry run, whether the weights do."""
+        if not self.estimate.phases:
+            return self.estimate.weights_bytes <= self.estimate.free_bytes
+        return all(self.fits(phase) for phase in self.estimate.phases)
+
+    def fits(self, phase: PhaseEstimate) -> bool:
+        return self.excess_bytes(phase) <= 0
+
+    def excess_bytes(self, phase: PhaseEstimate) -> int:
+        """What a phase needs beyond what there is: of the card, of RAM for weights that are kept there, of the disk."""
+        if self.device.id == "cpu":
+            return phase.host_bytes - self.estimate.free_bytes
+        over = phase.peak_vram_bytes - self.estimate.free_bytes
+        if self.offload != "none":
+            over = max(over, phase.host_bytes - self.device.ram_free_bytes)
+        return max(over, phase.disk_bytes - self.device.disk_free_bytes)
 
     @property
     def host_fits(self) -> bool:
@@ -228,3 +267,17 @@ class Plan:
 
     def dumps(self) -> str:
         return json.dumps(self.to_json(), indent=2)
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """From a file that `framefit plan --json` wrote.
+
+        Raises:
+            BadInput: it cannot be read, or holds no plan.
+        """
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise BadInput(f"{file} cannot be read ({error.strerror}): give a file of framefit plan --json.") from None
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{file} holds no plan ({error!r:.120}): framefit plan --json writes one.") from None

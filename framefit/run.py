@@ -20,12 +20,12 @@ from framefit.families import Checkpoint, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger, StepLog
 from framefit.pipeline import Step, load
-from framefit.plan import Plan
-from framefit.planning import check_fits, estimated
+from framefit.plan import QUALITIES, Estimate, Plan, Tier
+from framefit.planning import changes, check_fits, estimated
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
-__all__ = ["Options", "check_runs", "generate", "prepare", "resume", "translated"]
+__all__ = ["Options", "check_runs", "generate", "prepare", "replay", "resume", "translated"]
 
 
 DEFAULT_CRF = 18
@@ -46,6 +46,10 @@ class Options:
     preset: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     """Explicit settings by type, e.g. {"guidance": "apart"}."""
+    quality: str = "exact"
+    """exact, near or fast: the weakest tier that a setting may have which nobody asked for."""
+    fit: bool = True
+    """Whether settings that nobody asked for follow what the card has, where the usual ones do not fit."""
     use_tuned: bool = True
     """Whether settings that are not explicit are what `framefit tune` found on this device, where it did."""
     crf: int | None = None
@@ -68,17 +72,30 @@ class Options:
             raise UsageError(f"--crf is {self.crf}, and must be from 0 to 51.")
         if self.log_every < 0:
             raise UsageError(f"--log-every is {self.log_every}, and must be 0 (never) or more steps.")
+        if self.quality not in QUALITIES:
+            raise UsageError(f"quality '{self.quality}' is unknown: use {', '.join(QUALITIES)}.")
         if not self.checkpoint_every_s >= 0:
             raise UsageError(f"--checkpoint-every is {self.checkpoint_every_s:g}, and must be 0 or more seconds.")
 
 
 def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
-    """`planning.prepare` with what `options` say of it; with weights that come and go, what each phase needs too."""
-    checkpoint, plan = planning.prepare(
+    """The model's row and the plan with what `options` say of it, for a card with the settings that fit there."""
+    checkpoint, plan = _unfitted(request, options)
+    return checkpoint, _fitted(plan, checkpoint, options)
+
+
+def _unfitted(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
+    return planning.prepare(
         request, device=options.device, vram_bytes=options.vram_bytes, ram_bytes=options.ram_bytes,
         preset=options.preset, settings=options.settings, precision=options.precision, use_tuned=options.use_tuned,
     )  # fmt: skip
-    return checkpoint, plan if plan.offload == "none" else planning.estimated(plan, checkpoint)
+
+
+def _fitted(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
+    """On the CPU a run begins at once where nothing says otherwise: there the weights are all that is looked at."""
+    if plan.device.id == "cpu" or not options.fit:
+        return plan if plan.offload == "none" else planning.estimated(plan, checkpoint)
+    return planning.fitted(plan, checkpoint, tier=QUALITIES[options.quality])
 
 
 def generate(request: Request, output: Path, options: Options | None = None) -> Report:
@@ -88,11 +105,36 @@ def generate(request: Request, output: Path, options: Options | None = None) -> 
         FramefitError: its kinds are drawn in `framefit.errors`. Nothing is left half-written.
     """
     options = options or Options()
-    checkpoint, plan = prepare(request, options)
+    checkpoint, plan = _unfitted(request, options)
+    plan.device.check_here()
+    return _made(checkpoint, _fitted(plan, checkpoint, options), output, options)
+
+
+def replay(plan: Plan, output: Path, options: Options) -> Report:
+    """Make the video of a saved plan: its settings and its seed, on the device that it names or another one.
+
+    Args:
+        options: of these the device (auto: the plan's own, with its limit), its limit, the output's, the
+            checkpoints' and the listeners count.
+
+    Raises:
+        FramefitError: as `generate`; a photo or a LoRA is gone, or is another one.
+        UsageError: the plan is for a card that is not of this machine, and no other device is given.
+    """
+    if options.device == "auto":
+        plan.device.check_here()
+    _check_photos(plan)
+    _check_loras(plan)
+    device = _device_to_resume_on(plan, options)
+    estimate = Estimate(weights_bytes=plan.estimate.weights_bytes, free_bytes=device.budget_bytes)
+    return _made(find(plan.request.model), replace(plan, device=device, estimate=estimate), output, options)
+
+
+def _made(checkpoint: Checkpoint, plan: Plan, output: Path, options: Options) -> Report:
     if checkpoint.folder is not None:  # what a folder lacks is told before what it would need
         hub.locate(checkpoint)
     _check_output(plan, output, options)
-    plan = check_runs(plan, checkpoint)
+    plan = check_runs(plan, checkpoint, QUALITIES[options.quality])
     weights = fingerprint(hub.locate(checkpoint))
     if options.weights not in (None, weights):
         logging.getLogger("framefit").warning(
@@ -145,16 +187,18 @@ def _device_to_resume_on(plan: Plan, options: Options) -> Device:
     return Device.detect(options.device, vram_bytes=options.vram_bytes)
 
 
-def check_runs(plan: Plan, checkpoint: Checkpoint) -> Plan:
+def check_runs(plan: Plan, checkpoint: Checkpoint, tier: Tier = "exact") -> Plan:
     """`plan`, for a card with the estimate of every phase: seconds of planning before minutes of running.
 
     Raises:
         UsageError: the plan's card is not of this machine.
-        DoesNotFit: the plan is not feasible.
+        DoesNotFit: the plan is not feasible; it says what would be, of a tier up to `tier`.
     """
     plan.device.check_here()
-    if plan.device.id != "cpu":
+    if plan.device.id != "cpu" and not plan.estimate.phases:
         plan = estimated(plan, checkpoint)
+    if not plan.feasible and plan.estimate.phases:
+        check_fits(plan, changes(plan, checkpoint, tier=tier))
     check_fits(plan)
     return plan
 

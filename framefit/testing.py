@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,18 @@ def save_tiny(id: str, folder: Path, *, seed: int = 0) -> Checkpoint:
     return recognise(folder)
 
 
-def random_parts(row: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Parts:
+def random_parts(
+    row: Checkpoint, *, dtype: torch.dtype, device: torch.device, models: Collection[str] | None = None
+) -> Parts:
     """Every component of `row` at its full size with random weights, built on `device` with nothing downloaded.
 
+    With `models`, of those that have weights only these.
     Enough for speed and memory, which do not depend on the weights. Modules that a class keeps in fp32 are in fp32.
     """
     components: dict[str, Any] = {}
     for component in row.components:
+        if component.params and models is not None and component.name not in models:
+            continue
         if component.params:
             components[component.name] = _random_model(
                 component, torch.float32 if component.keep_fp32 else dtype, device

@@ -86,7 +86,13 @@ def tune(
         UsageError: another process makes this search.
     """
     request = replace(request, steps=request.steps or DEFAULT_STEPS, seed=0 if request.seed is None else request.seed)
-    facts = {"device": options.device, "precision": options.precision, "checkpoints": None, "use_tuned": False}
+    facts = {
+        "device": options.device,
+        "precision": options.precision,
+        "checkpoints": None,
+        "use_tuned": False,
+        "fit": False,
+    }
     checkpoint, untouched = prepare(request, Options(**facts))  # type: ignore[arg-type]
     check_runs(untouched, checkpoint)
     if untouched.request.steps < (least := 2 * len(checkpoint.experts)):

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from string import Template
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from framefit import quality, video
 from framefit.apart import apart, quiet_libraries
 from framefit.errors import BadOutput
-from framefit.plan import Plan, Tier
+from framefit.plan import TIERS, Plan, Tier
 from framefit.quality import Comparison, sheet
 from framefit.request import Request
 from framefit.run import Options, check_runs, generate, prepare
@@ -30,7 +30,6 @@ __all__ = ["GATES", "TIERS", "Check", "Verdict", "judge", "tier_of", "verify"]
 
 FILES = ("metrics.png", "plan.mp4", "reference.mp4", "verdict.html", "verdict.json")
 TEMPLATE = Path(__file__).parent / "assets" / "verdict.html"
-TIERS: tuple[Tier, ...] = get_args(Tier)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,10 +120,11 @@ def verify(
         "preset": options.preset,
         "checkpoints": None,
         "use_tuned": False,
+        "fit": False,
     }
     changed = untouched | {
         "precision": options.precision, "settings": dict(options.settings), "use_tuned": options.use_tuned,
-        "vram_bytes": options.vram_bytes,
+        "vram_bytes": options.vram_bytes, "fit": True, "quality": options.quality,
     }  # fmt: skip
     reference = prepare(request, Options(**untouched))[1]
     scratch = folder.with_name(f".framefit-{secrets.token_hex(8)}.partial")

@@ -27,7 +27,7 @@ RANKS = (
     {"pipeline"},
     {"run", "recipe", "profiling"},
     {"verify", "tune", "bench"},
-    {"cli", "commands", "doctor", "progress", "__main__"},
+    {"cli", "commands", "doctor", "plans", "progress", "__main__"},
 )
 """Room -> rank by position. A room imports rooms of a lower rank, and inside itself."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -153,7 +154,7 @@ def build(row: Component) -> Any:
     """A fresh component from its configuration; under `torch.device("meta")` it costs no memory."""
     cls = _class(row)
     if row.package == "transformers" and row.params:
-        return cls(cls.config_class(**row.config)).eval()
+        return cls(cls.config_class(**deepcopy(dict(row.config)))).eval()  # it writes into what it is given
     component = cls(**row.config)
     return component.eval() if row.params else component
 

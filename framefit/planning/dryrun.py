@@ -3,14 +3,15 @@
 The parts are built as a run builds them, the passes applied, and the family's functions called under torch's
 FakeTensorMode: encode, one guided prediction of every expert, decode. Of a row of equal blocks, or of equal calls, the
 second stands for all that follow. cuDNN's workspace is added by a rule; what the allocator keeps is not here.
+Stages that were traced before are passed over: what they give to others is known by its shape.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any, cast
@@ -23,15 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from framefit.families import Checkpoint, family_of
-from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts
+from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.plan import Offload, Plan
-from framefit.planning.placed import Placed, placed, watch
-from framefit.planning.traces import PhaseTrace
+from framefit.planning.phase import Given, PhaseTrace
+from framefit.planning.placed import Cut, Placed, cut, placed, watch
+from framefit.planning.traces import STAGES
 from framefit.testing import random_parts
 
 __all__ = ["followed", "trace"]
@@ -41,44 +43,69 @@ FEW = 3
 """Equal blocks up to which all of them are traced."""
 LARGEST = 8
 """Storages at the peak that are named."""
+LATENTS = "latents"
+"""Beside the conditioning that encoding the photo gives."""
 
 
-def trace(plan: Plan, checkpoint: Checkpoint) -> tuple[PhaseTrace, ...]:
-    """The phases of `plan` in the order of a run, from encode_text to decode; a few seconds."""
+def trace(plan: Plan, checkpoint: Checkpoint, known: Mapping[str, Given] | None = None) -> tuple[PhaseTrace, ...]:
+    """The phases of `plan` in the order of a run, from encode_text to decode; a few seconds.
+
+    Args:
+        known: stage -> what it gives, of those that are not traced again.
+    """
+    known = known or {}
     # where some blocks stay and some stream, no block stands for another
     whole = checkpoint.experts if any(isinstance(s, Offload) and s.kept for s in plan.settings) else ()
-    parts, weights, standing = _fake(checkpoint, PRECISIONS[plan.precision], whole)
-    return followed(apply_all(parts, plan), plan, weights, standing)
+    settings = tuple(s for s in plan.settings if any(s.touches(stage) for stage in STAGES if stage not in known))
+    # a pass expects whatever its setting touches
+    stages = {stage for stage in STAGES if stage not in known or any(s.touches(stage) for s in settings)}
+    models = {name for stage in stages for name in _models(stage, checkpoint)}
+    parts, weights, standing = _fake(checkpoint, PRECISIONS[plan.precision], models, whole)
+    parts = apply_all(parts, replace(plan, settings=settings))
+    return followed(parts, plan, weights, standing, cut(parts, weights, standing), known)
 
 
 def followed(
-    parts: Parts, plan: Plan, weights: Mapping[str, int], standing: Mapping[nn.Module, int]
+    parts: Parts,
+    plan: Plan,
+    weights: Mapping[str, int],
+    standing: Mapping[nn.Module, int],
+    cuts: Mapping[str, Cut] | None = None,
+    known: Mapping[str, Given] | None = None,
 ) -> tuple[PhaseTrace, ...]:
     """What `parts`, fake or real, hold and do on the way through the phases.
 
     Args:
         weights: component -> bytes of its weights.
         standing: block -> how many equal blocks it stands for.
+        cuts: component -> its weights as offloading would cut them.
+        known: as in `trace`.
     """
+    cuts, known = cuts or {}, known or {}
     modules = {module: name for name, part in parts.components.items() for module, name in _named(name, part)}
     at_work: list[str] = []
     workspace = _cudnn if plan.device.id != "cpu" else lambda *_: 0
     live = Live(_tensors(parts), lambda: at_work[-1] if at_work else "", workspace)
     tally = Tally()
-    way = _Way(parts, plan, live, tally)
+    way = _Way(parts, plan, live, tally, known)
+    moving = {module: sizes for each in cuts.values() for module, sizes in each.modules.items()}
     with ExitStack() as stack:
         stack.enter_context(_fakeness(parts))
-        stack.enter_context(_following(modules, standing, at_work, tally))
+        stack.enter_context(_following(modules, standing, moving, at_work, tally))
         watch(parts, lambda bytes: tally.move("host_to_device", bytes))
-        stack.enter_context(_steady(parts["vae"], live, tally))
+        if "vae" in parts:
+            stack.enter_context(_steady(parts["vae"], live, tally))
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
         count(way.go, tally)
     return tuple(
-        _phase(name, placed(parts, weights, standing, way.used[name]), peak, tally.phases.get(name, Counts()))
+        replace(
+            _phase(name, placed(parts, weights, standing, way.used[name]), peak, tally.phases.get(name, Counts())),
+            pieces={part: cuts[part].pieces for part in way.used[name] if part in cuts}, gives=way.gave.get(name, {}),
+        )
         for name, peak in live.phases.items()
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +116,10 @@ class _Way:
     plan: Plan
     live: Live
     tally: Tally
+    known: Mapping[str, Given]
     used: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Phase -> the components that it needs."""
+    gave: dict[str, Given] = field(default_factory=dict)
 
     @contextmanager
     def _phase(self, name: str, *needs: str) -> Iterator[None]:
@@ -99,26 +128,55 @@ class _Way:
             self.parts.use(*needs)
             yield
 
+    def _given(self, name: str, needs: Sequence[str], call: Callable[[], Tensors]) -> Tensors:
+        """What an encoding gives: from a call, or where it was called before like that, without contents."""
+        if name in self.known:
+            return {key: torch.empty(shape, dtype=getattr(torch, of)) for key, (of, shape) in self.known[name].items()}
+        with self._phase(name, *needs):
+            made = call()
+        self.gave[name] = {key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in made.items()}
+        return made
+
+    def _text(self) -> Tensors:
+        with unset_fake_temporarily():  # it asks how many tokens there are
+            return family_of(self.parts.checkpoint).encode_text(self.parts, self.plan.request, lambda sentence: None)
+
+    def _image(self) -> Tensors:
+        request = self.plan.request
+        photo = Image.new("RGB", (request.width, request.height))
+        last = photo if request.last_image else None
+        latents, image = family_of(self.parts.checkpoint).encode_image(
+            self.parts, request, photo, last, torch.Generator()
+        )
+        return image | {LATENTS: latents}
+
     def go(self) -> None:
         parts, request = self.parts, self.plan.request
         family = family_of(parts.checkpoint)
-        photo = Image.new("RGB", (request.width, request.height))
-        last = photo if request.last_image else None
-        with self._phase("encode_text", *TEXT_ENCODERS), unset_fake_temporarily():  # it asks how many tokens there are
-            conditioning = family.encode_text(parts, request, lambda sentence: None)
-        with self._phase("encode_image", *IMAGE_ENCODERS):
-            latents, image = family.encode_image(parts, request, photo, last, torch.Generator())
-        conditioning = {name: tensor.contiguous() for name, tensor in (conditioning | image).items()}
-        for expert, scale in zip(parts.checkpoint.experts, request.guidance, strict=True):
+        conditioning = self._given("encode_text", TEXT_ENCODERS, self._text)
+        conditioning |= self._given("encode_image", IMAGE_ENCODERS, self._image)
+        latents = conditioning.pop(LATENTS)
+        conditioning = {name: tensor.contiguous() for name, tensor in conditioning.items()}
+        experts = zip(parts.checkpoint.experts, request.guidance, strict=True)
+        for expert, scale in experts if "denoise" not in self.known else ():
 
             def forward(branches: slice, expert: str = expert) -> torch.Tensor:
                 return family.predict(parts, expert, latents, torch.tensor(900.0), conditioning, branches).float()
 
             with self._phase(f"denoise:{expert}", expert):
                 guided(parts, forward, scale)
-        with self._phase("decode", "vae"):
-            for chunk in family.decode(parts, family.settle(latents, conditioning)):
-                del chunk
+        if "decode" not in self.known:
+            with self._phase("decode", "vae"):
+                for chunk in family.decode(parts, family.settle(latents, conditioning)):
+                    del chunk
+
+
+def _models(stage: str, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The components that a stage calls or asks."""
+    if stage == "denoise":
+        return checkpoint.experts
+    asked = {"encode_text": TEXT_ENCODERS, "encode_image": (*IMAGE_ENCODERS, checkpoint.experts[0]), "decode": ("vae",)}
+    return asked[stage]
 
 
 def _cudnn(func: Any, args: Any, result: Any) -> int:
@@ -139,10 +197,10 @@ class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _fake(
-    checkpoint: Checkpoint, dtype: torch.dtype, whole: Sequence[str] = ()
+    checkpoint: Checkpoint, dtype: torch.dtype, models: Collection[str] | None = None, whole: Sequence[str] = ()
 ) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
     """Fake parts, the bytes of the weights of each, and for which blocks one stands for how many; `whole` have all."""
-    parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"))
+    parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"), models=models)
     weights: dict[str, int] = {}
     standing: dict[nn.Module, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -202,13 +260,19 @@ def _named(name: str, part: Any) -> Iterator[tuple[nn.Module, str]]:
 
 @contextmanager
 def _following(
-    modules: Mapping[nn.Module, str], standing: Mapping[nn.Module, int], at_work: list[str], tally: Tally
+    modules: Mapping[nn.Module, str],
+    standing: Mapping[nn.Module, int],
+    moving: Mapping[nn.Module, Mapping[str, int]],
+    at_work: list[str],
+    tally: Tally,
 ) -> Iterator[None]:
-    """Keep `at_work` the path of the module that computes, and count what stands for several."""
+    """Keep `at_work` the path of the module that computes; count what stands for several, and what would move."""
 
     def enter(module: nn.Module, args: Any) -> None:
         at_work.append(modules.get(module, at_work[-1] if at_work else ""))
         tally.times *= standing.get(module, 1)
+        for level, size in moving.get(module, {}).items():
+            tally.move(level, size)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         at_work.pop()
@@ -277,7 +341,7 @@ def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace
     held: Counter[str] = Counter()
     for each in largest:
         held[f"{each.operator} {each.dtype}{list(each.shape)} in {each.module or 'the loop'}"] += each.bytes
-    ways = ("elementwise", "host_to_device", "device_to_host")
+    ways = ("elementwise", "host_to_device", "device_to_host", "block", "leaf")
     flops: dict[tuple[str, str], int] = {(kind, precision): n for (kind, precision), n in counts.flops.items()}
     return PhaseTrace(
         name=name, weights_bytes=weights.device_bytes, host_bytes=weights.host_bytes, onload_bytes=weights.onload_bytes,

@@ -1,7 +1,7 @@
 """What a plan will need, phase by phase: the dry run's bytes and operations, put to a device's memory and rates.
 
     reserved = weights + activations and workspaces at their peak x what the allocator keeps beside + cuBLAS's
-    seconds  = operations over measured rates, bytes over bandwidth, kind by kind
+    seconds  = operations over measured rates, bytes over bandwidth, kind by kind; copies that no computation hides
 
 No torch is needed where the plan was traced before.
 """
@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from framefit import rates
 from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Estimate, PhaseEstimate, Plan
+from framefit.planning.candidates import slower
 from framefit.planning.choose import component_bytes
-from framefit.planning.traces import PhaseTrace, traced
+from framefit.planning.phase import PhaseTrace
+from framefit.planning.traces import traced
 from framefit.rates import Rates
 from framefit.request import ResolvedRequest
 
-__all__ = ["check_fits", "estimated", "steps_of"]
+__all__ = ["check_fits", "estimated", "steps_of", "with_phases"]
 
 KINDS = ("attention", "matmul", "convolution", "elementwise")
 NAMED = 8
@@ -47,6 +50,11 @@ def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
             checkpoint.id, type(error).__name__, told,
         )  # fmt: skip
         return plan
+    return with_phases(plan, checkpoint, traces)
+
+
+def with_phases(plan: Plan, checkpoint: Checkpoint, traces: Sequence[PhaseTrace]) -> Plan:
+    """`plan` with the estimate that follows from `traces`."""
     known = rates.of(plan.device)
     phases = tuple(_phase(trace, plan, checkpoint, known) for trace in traces)
     return replace(
@@ -57,16 +65,21 @@ def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
     )  # fmt: skip
 
 
-def check_fits(plan: Plan) -> None:
-    """Raises `DoesNotFit` where the plan is not feasible."""
+def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
+    """Raises `DoesNotFit` where the plan is not feasible.
+
+    Args:
+        ways: what would fit, as `planning.changes` found it.
+    """
     if plan.feasible:
         return
+    fits_with = f"it fits with {'; or '.join(map(str, ways))}, or " if ways else "use "
     if not plan.host_fits:
         need = max(phase.host_bytes for phase in plan.estimate.phases)
         raise DoesNotFit(
             f"{plan.request.model} with offload={plan.offload} keeps {need / 2**30:.1f} GiB in RAM and "
-            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: free some, use offload=none, or a smaller model "
-            f"(framefit models ls)."
+            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}offload=none, or a smaller model "
+            f"(framefit models ls); or free some."
         )
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding
     what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
@@ -77,8 +90,8 @@ def check_fits(plan: Plan) -> None:
     fewer = "a smaller --size, fewer --frames, " if weights_fit or plan.offload != "none" else ""
     raise DoesNotFit(
         f"{plan.request.model} needs {need / 2**30:.1f} GiB {what} in {plan.precision} and {plan.device.name} has "
-        f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: use {streamed}{fewer}a smaller model "
-        f"(framefit models ls) or a larger device."
+        f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: {fits_with}{'' if ways else streamed + fewer}a smaller "
+        f"model (framefit models ls) or a larger device."
     )
 
 
@@ -104,10 +117,11 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
     held = {f"weights of the {name}": size for name, size in trace.weights_bytes.items()} | dict(trace.held)
     return PhaseEstimate(
         name=trace.name,
-        seconds=_seconds(trace, steps_of(request, checkpoint).get(trace.name.removeprefix("denoise:"), 1), known),
+        seconds=_seconds(trace, plan, checkpoint, known),
         peak_vram_bytes=weights + _reserved(trace, known) if on_card else 0,
         host_bytes=trace.host_bytes + video + (0 if on_card else weights + trace.peak_bytes),
         disk_bytes=0,
+        pinned_bytes=trace.pinned_bytes,
         held=dict(sorted(held.items(), key=lambda each: -each[1])[:NAMED]),
     )
 
@@ -120,16 +134,31 @@ def _reserved(trace: PhaseTrace, known: Rates | None) -> int:
     return math.ceil(kept * trace.peak_bytes) + known.unseen.cublas_workspace_bytes
 
 
-def _seconds(trace: PhaseTrace, times: int, known: Rates | None) -> float | None:
+def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates | None) -> float | None:
+    """In the whole run: what comes when the phase begins, then all its steps."""
     if known is None:
         return None
-    total = 0.0
+    work: dict[str, float] = {}
     for kind in KINDS:
         seconds = known.seconds(kind, trace)
         if seconds is None and any(of == kind for of, _ in trace.flops):  # no rate for this precision
             return None
-        total += seconds or 0.0
-    return times * total
+        work[kind] = seconds or 0.0
+    times = steps_of(plan.request, checkpoint).get(trace.name.removeprefix("denoise:"), 1)
+    step = _beside(work, trace.bytes["host_to_device"], plan.offload, known)
+    begin = known.copy_seconds("host_to_device", trace.onload_bytes) or 0.0
+    return begin + times * step * slower(plan, checkpoint, trace.name)
+
+
+def _beside(work: Mapping[str, float], bytes: int, offload: str, known: Rates) -> float:
+    """Seconds of a step whose weights come while it computes.
+
+    A block comes while the one before it computes. A layer comes while the layer before it does, and most layers are
+    products: attention hides the copy of one only. What is copied takes its share of the card's memory, too.
+    """
+    copy = known.copy_seconds("host_to_device", bytes) or 0.0
+    hides = work["matmul"] + work["convolution"] if offload == "leaf" else sum(work.values())
+    return sum(work.values()) - hides + max(hides, copy) + bytes / known.memory_gb_per_s / 1e9
 
 
 def _load(plan: Plan, checkpoint: Checkpoint) -> PhaseEstimate:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from framefit.families.parts import Parts
+from framefit.ledger.transfer import NoTransfer
 from framefit.passes import offload
+from framefit.passes.offload import Component, Offloaded
+from framefit.plan import Offload
+from framefit.planning.phase import Pieces
 
-__all__ = ["Placed", "placed", "watch"]
+__all__ = ["Cut", "Placed", "cut", "placed", "watch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +27,42 @@ class Placed:
     pinned_bytes: int = 0
     onload_bytes: int = 0
     """That come to the device as a whole when the phase begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One component's weights, as offloading would cut them."""
+
+    pieces: Pieces
+    modules: dict[nn.Module, dict[str, int]] = field(default_factory=dict)
+    """What streams -> level -> its bytes."""
+
+
+def cut(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module, int]) -> dict[str, Cut]:
+    """By component, where the weights stay; by the offload pass itself, which leaves nothing behind."""
+    if parts.placement:
+        return {}
+    models = {name: part for name, part in parts.components.items() if isinstance(part, nn.Module)}
+    experts = [expert for expert in parts.checkpoint.experts if expert in models]
+    found: dict[str, dict[str, Component]] = {name: {} for name in models}
+    for level in ("block", "leaf"):
+        moved = Offloaded(models, experts, Offload(value=level), NoTransfer(parts.device))
+        for name, component in moved.components.items():
+            found[name][level] = component
+            component.remove()
+    return {name: _cut(models[name], weights[name], levels, standing) for name, levels in found.items()}
+
+
+def _cut(model: nn.Module, bytes: int, levels: Mapping[str, Component], standing: Mapping[nn.Module, int]) -> Cut:
+    times = _times(model, standing)
+    modules: dict[nn.Module, dict[str, int]] = {}
+    units: dict[str, tuple[int, ...]] = {}
+    for level, component in levels.items():
+        for unit in component.stream.units:
+            modules.setdefault(unit.module, {})[level] = unit.slab.bytes
+        units[level] = tuple(u.slab.bytes for u in component.stream.units for _ in range(times[u.module]))
+    tables = levels["block"].embeddings_bytes
+    return Cut(Pieces(bytes=bytes, tables_bytes=tables, blocks=units["block"], layers=units["leaf"]), modules)
 
 
 def watch(parts: Parts, asked: Callable[[int], None]) -> None:

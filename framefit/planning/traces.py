@@ -1,4 +1,7 @@
-"""What a dry run has found, on disk by its content: the same plan is traced once. No torch is needed to read it."""
+"""What a dry run has found, on disk by its content: the same stage of a plan is traced once. No torch to read it.
+
+Another setting of the denoiser leaves the stage of decoding as it is, and another place of the weights all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +9,26 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
 
 from framefit.checkpoint import default_root
 from framefit.families import Checkpoint
-from framefit.plan import Plan
+from framefit.plan import Offload, Plan
+from framefit.planning.moved import LEVELS, can_move, moved
+from framefit.planning.phase import PhaseTrace
 
-__all__ = ["PhaseTrace", "traced"]
+__all__ = ["STAGES", "PhaseTrace", "resident", "traced"]
+
+STAGES = ("encode_text", "encode_image", "denoise", "decode")
+"""What a run does, in order; denoising is a phase for every expert."""
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 """Their code is traced too."""
 PACKAGE = Path(__file__).parents[1]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PhaseTrace:
-    """One phase of a run; of denoising one step."""
-
-    name: str
-    weights_bytes: Mapping[str, int]
-    """Component -> bytes on the device for its parameters and buffers, rooms that they pass through too."""
-    host_bytes: int = 0
-    """Of weights in host memory."""
-    pinned_bytes: int = 0
-    """Of these, pinned."""
-    onload_bytes: int = 0
-    """Of weights that come to the device when the phase begins; what streams is in `bytes`."""
-    peak_bytes: int
-    """Of everything else on the device, when it is most."""
-    held: Mapping[str, int]
-    """The largest tensors at that moment: what each is, and its bytes."""
-    flops: Mapping[tuple[str, str], int]
-    """(kind of work, precision) -> floating-point operations."""
-    bytes: Mapping[str, int]
-    """"elementwise": read and written; "host_to_device", "device_to_host": moved."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"flops": [[*key, n] for key, n in self.flops.items()]}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        flops = {(kind, precision): n for kind, precision, n in data["flops"]}
-        return cls(**{**data, "flops": flops})
 
 
 def traced(plan: Plan, checkpoint: Checkpoint, folder: Path | None = None) -> tuple[PhaseTrace, ...]:
@@ -61,27 +37,55 @@ def traced(plan: Plan, checkpoint: Checkpoint, folder: Path | None = None) -> tu
     Args:
         folder: where they are kept; None: `traces` in the user's state folder.
     """
-    file = (folder or default_root().parent / "traces") / f"{_key(plan, checkpoint)}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    offload = _offload(plan)
+    if offload.level in LEVELS and can_move(found := resident(plan, checkpoint, folder), offload):
+        return moved(found, offload)
+    return _kept(plan, checkpoint, folder)
+
+
+def resident(plan: Plan, checkpoint: Checkpoint, folder: Path | None = None) -> tuple[PhaseTrace, ...]:
+    """As `traced`, with all weights on the device whatever `plan` says."""
+    stay = replace(plan, settings=tuple(s for s in plan.settings if not isinstance(s, Offload)))
+    return moved(_kept(stay, checkpoint, folder), Offload(value="none"))
+
+
+def _offload(plan: Plan) -> Offload:
+    return next((s for s in plan.settings if isinstance(s, Offload)), Offload(value="none"))
+
+
+def _kept(plan: Plan, checkpoint: Checkpoint, folder: Path | None) -> tuple[PhaseTrace, ...]:
+    folder = folder or default_root().parent / "traces"
+    files = {stage: folder / f"{_key(plan, checkpoint, stage)}.json" for stage in STAGES}
+    found = {stage: phases for stage, file in files.items() if (phases := _read(file))}
+    if len(found) < len(STAGES):
+        from framefit.planning.dryrun import trace
+
+        known = {stage: phases[0].gives for stage, phases in found.items()}
+        for phase in trace(plan, checkpoint, known):
+            stage = phase.name.partition(":")[0]
+            found[stage] = (*found.get(stage, ()), phase)
+        for stage in (stage for stage in STAGES if stage not in known):
+            with contextlib.suppress(OSError):  # where nothing can be kept, it is traced again
+                _write(files[stage], found[stage])
+    return tuple(phase for stage in STAGES for phase in found[stage])
+
+
+def _read(file: Path) -> tuple[PhaseTrace, ...]:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         return tuple(PhaseTrace.from_json(phase) for phase in json.loads(file.read_text(encoding="utf-8")))
-    from framefit.planning.dryrun import trace
-
-    found = trace(plan, checkpoint)
-    with contextlib.suppress(OSError):  # where nothing can be kept, it is traced again
-        _write(file, found)
-    return found
+    return ()
 
 
-def _key(plan: Plan, checkpoint: Checkpoint) -> str:
-    """All that a trace depends on."""
+def _key(plan: Plan, checkpoint: Checkpoint, stage: str) -> str:
+    """All that a stage's trace depends on."""
     request = plan.request
     facts = {
-        "code": _code(), "libraries": {name: version(name) for name in LIBRARIES},
+        "stage": stage, "code": _code(), "libraries": {name: version(name) for name in LIBRARIES},
         "components": [asdict(component) for component in checkpoint.components],
         "model": [checkpoint.family, checkpoint.layout, checkpoint.first_frame_clean, checkpoint.max_tokens],
         "work": [request.width, request.height, request.num_frames, request.last_image is not None],
         "guided": [scale > 1 for scale in request.guidance], "precision": plan.precision,
-        "settings": {setting.type: setting.value for setting in plan.settings}, "card": plan.device.id != "cpu",
+        "settings": {s.type: s.value for s in plan.settings if s.touches(stage)}, "card": plan.device.id != "cpu",
     }  # fmt: skip
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]

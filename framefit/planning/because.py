@@ -1,0 +1,55 @@
+"""Why a setting was derived, in one clause with numbers: what the value before it would need, or take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from framefit.plan import Offload, Plan, Setting
+
+__all__ = ["reasoned"]
+
+GIB = 2**30
+
+
+def reasoned(plan: Plan, before: Mapping[str, Plan], blocks: int) -> Plan:
+    """`plan` with the reason for each setting that was derived.
+
+    Args:
+        before: type -> the plan with the value that comes before its own, all others alike.
+        blocks: of the denoiser.
+    """
+    settings = tuple(
+        replace(s, because=_because(s, plan, before[s.type]) + _places(s, blocks)) if s.type in before else s
+        for s in plan.settings
+    )
+    return replace(plan, settings=settings)
+
+
+def _because(setting: Setting, plan: Plan, other: Plan) -> str:
+    value = next(s.value for s in other.settings if s.type == setting.type)
+    if other.feasible or not plan.feasible:
+        if plan.feasible and plan.estimate.seconds is not None and other.estimate.seconds is not None:
+            return f"{plan.estimate.seconds:.4g} s, and {other.estimate.seconds:.4g} s with {setting.type}={value}"
+        return "the leanest that there is" if not plan.feasible else f"before {setting.type}={value} in the order"
+    phase = max(other.estimate.phases, key=other.excess_bytes)
+    card = phase.peak_vram_bytes if other.device.id != "cpu" else phase.host_bytes
+    if card > other.estimate.free_bytes:
+        need, has, where = card, other.estimate.free_bytes, ""
+    else:
+        need, has, where = phase.host_bytes, other.device.ram_free_bytes, " in RAM"
+    return (
+        f"{phase.name} needs {need / GIB:.1f} GiB{where} with {setting.type}={value} and {has / GIB:.1f} GiB are there"
+    )
+
+
+def _places(setting: Setting, blocks: int) -> str:
+    if not isinstance(setting, Offload):
+        return ""
+    stay = f", {setting.kept} of {blocks} stay" if setting.kept else ""
+    told = {
+        "part": ": a component comes for the phases that need it",
+        "block": f": blocks stream{stay}",
+        "leaf": ": layers stream",
+    }
+    return told.get(setting.level, "")

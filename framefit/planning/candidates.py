@@ -1,0 +1,76 @@
+"""What a plan may choose from: of every type of setting the values, from the fastest to the leanest. One line a type.
+
+The first value of a type stands where everything fits; a value is for plans whose tier allows it. Where weights lie is
+no line of the table: with what was traced, every place is computed and compared (`places`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from framefit.families import Checkpoint
+from framefit.plan import TIERS, Guidance, Offload, Plan, Setting, Tier
+from framefit.planning import moved
+from framefit.planning.phase import PhaseTrace
+
+__all__ = ["CANDIDATES", "RUNG", "Candidates", "ladder", "places", "slower", "usual"]
+
+RUNG = 1.01
+"""Seconds of a phase over those with the value before, beyond what rates tell: launches, smaller kernels. Assumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Of one type."""
+
+    kind: type[Setting]
+    values: Callable[[Checkpoint], tuple[str, ...]]
+    moves_weights: bool = False
+    """Whether there are fewer bytes of weights with some of them."""
+
+
+def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return ("together", "apart") if checkpoint.batched_guidance else ("apart",)
+
+
+CANDIDATES: tuple[Candidates, ...] = (Candidates(Guidance, _guidance),)
+
+
+def usual(plan: Plan, checkpoint: Checkpoint, *, keep_asked: bool = True) -> Plan:
+    """`plan` with the first value of every setting that nobody asked for, or of all of them."""
+    first = {each.kind: each.values(checkpoint)[0] for each in CANDIDATES} | {Offload: "none"}
+    settings = tuple(
+        s if (keep_asked and s.asked) or type(s) not in first else type(s)(value=first[type(s)]) for s in plan.settings
+    )
+    return replace(plan, settings=settings)
+
+
+def ladder(each: Candidates, plan: Plan, checkpoint: Checkpoint, tier: Tier) -> tuple[str, ...]:
+    """The values that are open: those that the tier allows, from the one that stands on; only that one where it was
+    asked for, or is none of them."""
+    stands, values = plan.setting(each.kind).value, each.values(checkpoint)
+    if plan.setting(each.kind).asked or stands not in values:
+        return (stands,)
+    allowed = TIERS[: TIERS.index(tier) + 1]
+    return tuple(v for v in values[values.index(stands) :] if v == stands or each.kind(value=v).tier in allowed)
+
+
+def places(plan: Plan, traces: Sequence[PhaseTrace]) -> tuple[str, ...]:
+    """The values of offload that are open, likewise: from all on the card to one layer at a time."""
+    offload = plan.setting(Offload)
+    if offload.asked or plan.device.id == "cpu":
+        return (offload.value,)
+    stay = range(moved.blocks(traces) - 1, 0, -1)
+    return ("none", "part", *(f"block:{kept}" for kept in stay), "block", "leaf")
+
+
+def slower(plan: Plan, checkpoint: Checkpoint, phase: str) -> float:
+    """What the values of a plan cost in a phase beyond what rates tell: a factor."""
+    rungs = 0
+    for each in CANDIDATES:
+        values = each.values(checkpoint)
+        for setting in plan.settings:
+            if isinstance(setting, each.kind) and setting.value in values and setting.touches(phase):
+                rungs += values.index(setting.value)
+    return RUNG**rungs

@@ -1,0 +1,169 @@
+"""The search: the fastest settings that fit the budget, and why each of them.
+
+States are rungs: for every type of setting, how far down its candidates. From a state that does not fit, only a type
+that touches a phase which does not fit leads on. States are met in the order of the least seconds that they can take
+so that the first that nothing can beat is the fastest; every place for the weights is compared at each state, without
+another trace. More budget only adds states that fit: it never makes a plan slower. No clock, no chance: the same inputs
+give the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+
+from framefit.families import Checkpoint
+from framefit.plan import Offload, Plan, Setting, Tier
+from framefit.planning.because import reasoned
+from framefit.planning.candidates import CANDIDATES, RUNG, Candidates, ladder, places
+from framefit.planning.estimate import estimated, with_phases
+from framefit.planning.moved import blocks, can_move, moved
+from framefit.planning.phase import PhaseTrace
+from framefit.planning.traces import resident, traced
+
+__all__ = ["fitted", "leanest"]
+
+Rungs = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A plan with its estimate, and what that rests on."""
+
+    plan: Plan
+    traces: tuple[PhaseTrace, ...]
+    rungs: Rungs
+    cost: tuple[float, int, int]
+    """Seconds, 0 where they are not known; then the place of its offload in the order, and its rungs in all."""
+
+    def relieved_by(self, each: Candidates) -> bool:
+        """Whether another value of a type could help where it does not fit."""
+        weights = {trace.name: sum(trace.weights_bytes.values()) for trace in self.traces}
+        for phase in self.plan.estimate.phases:
+            if not self.plan.fits(phase):
+                alone = weights.get(phase.name, phase.peak_vram_bytes) > self.plan.estimate.free_bytes
+                if each.moves_weights or (not alone and self.plan.setting(each.kind).touches(phase.name)):
+                    return True
+        return False
+
+
+def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
+    """`plan` with its estimate; where it does not fit, with the fastest settings that do, and a reason for each.
+
+    What the user asked for stays.
+
+    Where nothing fits, with the leanest settings: it is not feasible then.
+
+    Args:
+        tier: the weakest that a setting may have that nobody asked for.
+    """
+    first = estimated(plan, checkpoint)
+    if first.feasible or not first.estimate.phases:
+        return first
+    search = _Search(plan, checkpoint, tier)
+    found = search.best() or search.leanest()
+    before = {
+        s.type: search.before(found, s)
+        for s, stood in zip(found.plan.settings, plan.settings, strict=True)
+        if s != stood
+    }
+    return reasoned(found.plan, before, blocks(found.traces))
+
+
+def leanest(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
+    """`plan` with the settings that need least, whatever they take; quicker than `fitted`."""
+    return _Search(plan, checkpoint, tier).leanest().plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    plan: Plan
+    checkpoint: Checkpoint
+    tier: Tier
+    _met: dict[Rungs, tuple[Option, ...]] = field(default_factory=dict)
+
+    @property
+    def ladders(self) -> list[tuple[Candidates, tuple[str, ...]]]:
+        kinds = {setting.type for setting in self.plan.settings}
+        return [
+            (each, ladder(each, self.plan, self.checkpoint, self.tier))
+            for each in CANDIDATES if each.kind.type in kinds
+        ]  # fmt: skip
+
+    def best(self) -> Option | None:
+        """The fastest option that fits."""
+        ladders = self.ladders
+        start = (0,) * len(ladders)
+        waiting: list[tuple[float, int, Rungs]] = [(0.0, 0, start)]
+        seen, best = {start}, None
+        while waiting:
+            least_s, _, rungs = heappop(waiting)
+            if best and (least_s, 0, sum(rungs)) >= best.cost:
+                break
+            options = self.options(rungs)
+            fitting = [option for option in options if option.plan.feasible]
+            best = min([*fitting, *([best] if best else [])], key=lambda option: option.cost, default=None)
+            for i, (each, values) in enumerate(ladders):
+                further = (*rungs[:i], rungs[i] + 1, *rungs[i + 1 :])
+                open = [o for o in options if (best is None or o.cost < best.cost) and o.relieved_by(each)]
+                if further[i] < len(values) and further not in seen and open:
+                    seen.add(further)
+                    bound = max(least_s, min(_bound(option, each) for option in open))
+                    heappush(waiting, (bound, sum(further), further))
+        return best
+
+    def leanest(self) -> Option:
+        """Of the last values of all types, where the weights lie so that least is needed."""
+        options = self.options(tuple(len(values) - 1 for _, values in self.ladders))
+        return min(options, key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost))
+
+    def before(self, option: Option, setting: Setting) -> Plan:
+        """As `option`, with the value of one type that comes before its own; of offload, the level before."""
+        if isinstance(setting, Offload):
+            level = {"part": "none", "block": "part", "leaf": "block"}[setting.level]
+            return next(o.plan for o in self.options(option.rungs) if o.plan.offload == level)
+        rungs = tuple(
+            rung - (each.kind.type == setting.type) for (each, _), rung in zip(self.ladders, option.rungs, strict=True)
+        )
+        place = option.plan.setting(Offload).value
+        return next(o.plan for o in self.options(rungs) if o.plan.setting(Offload).value == place)
+
+    def options(self, rungs: Rungs) -> tuple[Option, ...]:
+        """Every place for the weights, at the values of these rungs."""
+        if rungs not in self._met:
+            self._met[rungs] = tuple(self._options(rungs))
+        return self._met[rungs]
+
+    def _options(self, rungs: Rungs) -> Iterator[Option]:
+        values = {each.kind.type: ladder[rung] for (each, ladder), rung in zip(self.ladders, rungs, strict=True)}
+        plan = _with(self.plan, values)
+        traces = resident(plan, self.checkpoint)
+        for index, place in enumerate(places(plan, traces)):
+            there = _with(plan, {"offload": place})
+            offload = there.setting(Offload)
+            found = moved(traces, offload) if can_move(traces, offload) else traced(there, self.checkpoint)
+            there = with_phases(there, self.checkpoint, found)
+            yield Option(there, found, rungs, (there.estimate.seconds or 0.0, index, sum(rungs)))
+
+
+def _with(plan: Plan, values: Mapping[str, str]) -> Plan:
+    """`plan` with other values; a setting whose value stays keeps its reason."""
+    return replace(
+        plan,
+        settings=tuple(
+            type(s)(value=values[s.type]) if values.get(s.type, s.value) != s.value else s for s in plan.settings
+        ),
+    )
+
+
+def _bound(option: Option, each: Candidates) -> float:
+    """Least seconds with the next value of a type."""
+    touches = option.plan.setting(each.kind).touches
+    known = [(phase.seconds, phase.name) for phase in option.plan.estimate.phases if phase.seconds is not None]
+    return sum(seconds * (RUNG if touches(name) else 1) for seconds, name in known) if option.cost[0] else 0.0
+
+
+def _excess(plan: Plan) -> int:
+    """Bytes that it needs beyond what there is, phase by phase."""
+    return sum(max(0, plan.excess_bytes(phase)) for phase in plan.estimate.phases)

@@ -1,0 +1,78 @@
+"""The phases of a run whose weights come and go, from those of one whose weights stay: arithmetic in place of a trace.
+
+Activations and operations do not depend on where weights lie, so that one trace answers for every level of offload and
+every number of blocks that stay. Tests hold it to a trace of the offload pass itself, figure for figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from framefit.plan import Offload
+from framefit.planning.phase import PhaseTrace, Pieces
+
+__all__ = ["LEVELS", "blocks", "can_move", "moved"]
+
+LEVELS = ("none", "part", "block", "leaf")
+"""Of offload, that are known here."""
+
+ROOMS = 2
+"""That the units of a stream pass through."""
+
+
+def blocks(traces: Sequence[PhaseTrace]) -> int:
+    """Of the denoiser that has fewest; 0 where nothing is known of it."""
+    return min((len(p.blocks) for t in traces if _denoises(t) for p in t.pieces.values()), default=0)
+
+
+def can_move(traces: Sequence[PhaseTrace], offload: Offload) -> bool:
+    """Whether the model has as many blocks as are to stay, and one more."""
+    return offload.level in LEVELS and (offload.kept == 0 or offload.kept < blocks(traces))
+
+
+def moved(traces: Sequence[PhaseTrace], offload: Offload) -> tuple[PhaseTrace, ...]:
+    """What `traces`, of weights that stay on the device, are with `offload`."""
+    every = {name: pieces for trace in traces for name, pieces in trace.pieces.items()}
+    if offload.level == "none":
+        return tuple(replace(t, weights_bytes={name: each.bytes for name, each in every.items()}) for t in traces)
+    level = {name: offload.level if pieces.layers else "part" for name, pieces in every.items()}
+    host = sum(pieces.bytes for pieces in every.values())
+    pinned = host - sum(pieces.tables_bytes for name, pieces in every.items() if level[name] != "part")
+    return tuple(_moved(trace, level, offload.kept if _denoises(trace) else 0, host, pinned) for trace in traces)
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """One component at work."""
+
+    whole_bytes: int
+    """That come when the phase begins."""
+    rooms_bytes: int
+    streams: float
+    """Share of what a level moves that moves where some blocks stay."""
+
+
+def _moved(trace: PhaseTrace, levels: Mapping[str, str], kept: int, host: int, pinned: int) -> PhaseTrace:
+    splits = {name: _split(pieces, levels[name], kept) for name, pieces in trace.pieces.items()}
+    streaming = {levels[name]: split.streams for name, split in splits.items() if split.streams}
+    copied = sum(int(trace.bytes[level] * share) for level, share in streaming.items())
+    return replace(
+        trace, weights_bytes={name: split.whole_bytes + split.rooms_bytes for name, split in splits.items()},
+        onload_bytes=sum(split.whole_bytes for split in splits.values()), host_bytes=host, pinned_bytes=pinned,
+        bytes={**trace.bytes, "host_to_device": trace.bytes["host_to_device"] + copied},
+    )  # fmt: skip
+
+
+def _split(pieces: Pieces, level: str, kept: int) -> _Split:
+    if level == "part":
+        return _Split(pieces.bytes, 0, 0.0)
+    units = pieces.blocks if level == "block" else pieces.layers
+    # evenly among the others, as the pass spreads them
+    stream = [size for i, size in enumerate(units) if (i + 1) * kept // len(units) == i * kept // len(units)]
+    whole = pieces.bytes - pieces.tables_bytes - sum(stream)
+    return _Split(whole, min(ROOMS, len(stream)) * max(stream, default=0), sum(stream) / sum(units))
+
+
+def _denoises(trace: PhaseTrace) -> bool:
+    return trace.name.startswith("denoise")

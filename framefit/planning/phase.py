@@ -1,0 +1,67 @@
+"""What a dry run finds of one phase: nouns that a file can hold. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+__all__ = ["Given", "PhaseTrace", "Pieces"]
+
+Given = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name -> (precision as torch calls it, shape): tensors that one phase gives to another."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pieces:
+    """The weights of one component, cut as offloading moves them. All in bytes."""
+
+    bytes: int
+    """Of the whole, as an allocator gives them."""
+    tables_bytes: int
+    """Of these, token tables, which stay in host memory where something streams."""
+    blocks: tuple[int, ...]
+    """Of every block, in the model's order; empty: it comes as a whole always."""
+    layers: tuple[int, ...]
+    """Of every layer, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseTrace:
+    """One phase of a run; of denoising one step."""
+
+    name: str
+    weights_bytes: Mapping[str, int]
+    """Component -> bytes on the device for its parameters and buffers, rooms that they pass through too."""
+    host_bytes: int = 0
+    """Of weights in host memory."""
+    pinned_bytes: int = 0
+    """Of these, pinned."""
+    onload_bytes: int = 0
+    """Of weights that come to the device when the phase begins; what streams is in `bytes`."""
+    peak_bytes: int
+    """Of everything else on the device, when it is most."""
+    held: Mapping[str, int]
+    """The largest tensors at that moment: what each is, and its bytes."""
+    flops: Mapping[tuple[str, str], int]
+    """(kind of work, precision) -> floating-point operations."""
+    bytes: Mapping[str, int]
+    """"elementwise": read and written; "host_to_device", "device_to_host": moved; "block", "leaf": what would move to
+    the device if weights streamed like that."""
+    pieces: Mapping[str, Pieces] = field(default_factory=dict)
+    """Of the components that the phase needs; empty where they were traced in another place than on the device."""
+    gives: Given = field(default_factory=dict)
+    """To later phases."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"flops": [[*key, n] for key, n in self.flops.items()]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        flops = {(kind, precision): n for kind, precision, n in data["flops"]}
+        pieces = {
+            name: Pieces(**each | {row: tuple(each[row]) for row in ("blocks", "layers")})
+            for name, each in data["pieces"].items()
+        }
+        gives = {name: (of, tuple(shape)) for name, (of, shape) in data["gives"].items()}
+        return cls(**{**data, "flops": flops, "pieces": pieces, "gives": gives})

@@ -1,0 +1,448 @@
+"""The fastest settings that fit: against brute force, more budget is never slower, and the reasons have numbers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from framefit import plan as vocabulary
+from framefit.cli import main
+from framefit.device import Device
+from framefit.families import CHECKPOINTS, Checkpoint
+from framefit.plan import ASKED, Offload, Plan, Setting
+from framefit.planning import candidates, changes, choose, differences, dryrun, estimate, fit, fits, fitted, traces
+from framefit.planning.candidates import CANDIDATES, Candidates
+from framefit.planning.moved import moved
+from framefit.planning.phase import PhaseTrace, Pieces
+from framefit.request import Request
+from framefit.testing import tiny_row
+
+GIB = 2**30
+A14B = CHECKPOINTS["wan2.2-i2v-a14b"]
+I2VGEN = CHECKPOINTS["i2vgen-xl"]
+
+
+class _Rows(Setting):
+    """A setting of the denoiser, as another pass would add it."""
+
+    type = "rows"
+    title = "rows"
+    values = ("all", "half", "few")
+    phases = ("denoise",)
+
+
+class _Tiles(Setting):
+    type = "tiles"
+    title = "tiles"
+    values = ("whole", "tiled")
+    phases = ("encode_image", "decode")
+
+
+class _Storage(Setting):
+    type = "storage"
+    title = "storage"
+    values = ("bf16", "int8")
+    tier: ClassVar[Any] = property(lambda self: "near" if self.value == "int8" else "exact")
+    phases = ("encode_text", "denoise")
+
+
+NEW = (
+    Candidates(_Rows, lambda row: _Rows.values),
+    Candidates(_Tiles, lambda row: _Tiles.values),
+    Candidates(_Storage, lambda row: _Storage.values, moves_weights=True),
+)
+
+
+@pytest.fixture
+def more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three types more, so that the search has something to search."""
+    table = (*CANDIDATES, *NEW)
+    for module in (candidates, fit):
+        monkeypatch.setattr(module, "CANDIDATES", table)
+    monkeypatch.setattr(vocabulary, "SETTINGS", vocabulary.SETTINGS | {c.kind.type: c.kind for c in NEW})
+
+
+def made_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """A model of random sizes in place of a dry run. Returns the settings that were traced."""
+    draw = random.Random(seed)
+    blocks = tuple(int(draw.uniform(0.5, 1.5) * GIB) for _ in range(draw.randint(3, 6)))
+    activations = {name: int(draw.uniform(1, 9) * GIB) for name in ("encode_text", "encode_image", "denoise", "decode")}
+    flops = {name: int(draw.uniform(1, 50) * 1e12) for name in activations}
+    shrink = {"apart": 0.5, "half": 0.7, "few": 0.4, "tiled": 0.3}
+    asked: list[dict[str, str]] = []
+
+    def resident(plan: Plan, checkpoint: Checkpoint, folder: Any = None) -> tuple[PhaseTrace, ...]:
+        values = {s.type: s.value for s in plan.settings}
+        asked.append(values)
+        width = 2 if values.get("storage") == "int8" else 1
+
+        def phase(name: str, part: str, units: tuple[int, ...]) -> PhaseTrace:
+            stage = name.partition(":")[0]
+            size = activations[stage]
+            for setting in plan.settings:
+                if setting.touches(name) and not isinstance(setting, Offload):
+                    size = int(size * shrink.get(setting.value, 1))
+            units = tuple(unit // width for unit in units)
+            whole = sum(units) + GIB // 4
+            pieces = {part: Pieces(bytes=whole, tables_bytes=0, blocks=units, layers=tuple(u // 4 for u in units * 4))}
+            moves = {"block": sum(units), "leaf": sum(units) // 4 * 4}
+            return PhaseTrace(
+                name=name, weights_bytes={}, peak_bytes=size, held={}, flops={("matmul", "bf16"): flops[stage]},
+                bytes={"elementwise": 0, "host_to_device": 0, "device_to_host": 0, **moves}, pieces=pieces,
+            )  # fmt: skip
+
+        found = (
+            phase("encode_text", "text_encoder", blocks[:2]), phase("encode_image", "vae", ()),
+            phase("denoise:unet", "unet", blocks), phase("decode", "vae", ()),
+        )  # fmt: skip
+        return moved(found, Offload(value="none"))
+
+    for module in (fit, traces):
+        monkeypatch.setattr(module, "resident", resident)
+    monkeypatch.setattr(estimate, "traced", lambda plan, row: moved(resident(plan, row), plan.setting(Offload)))
+    return asked
+
+
+def plan_for(vram_gib: float, ram_gib: float = 200.0, card: str = "h100-80gb", **settings: str) -> Plan:
+    request = Request(image=Path("x.jpg"), prompt="x", model="i2vgen-xl", width=512, height=512, seed=1, steps=10)
+    device = Device.named(card, vram_bytes=int(vram_gib * GIB), ram_bytes=int(ram_gib * GIB))
+    plan = choose(request, I2VGEN, device, photo_size=(512, 512), settings=settings)
+    extra = tuple(c.kind(value=c.values(I2VGEN)[0]) for c in candidates.CANDIDATES if c not in CANDIDATES)
+    return replace(plan, settings=(*plan.settings, *extra))
+
+
+def every(plan: Plan, tiers: Sequence[str]) -> list[Plan]:
+    """All combinations there are, estimated one by one."""
+    found = []
+    values = {c.kind: c.values(I2VGEN) for c in candidates.CANDIDATES}
+    values[Offload] = fit.places(plan, traces.resident(plan, I2VGEN))
+    choices = [[type(s)(value=value) for value in values[type(s)]] for s in plan.settings]
+    for settings in itertools.product(*choices):
+        if all(s.tier in tiers for s in settings):
+            each = replace(plan, settings=settings)
+            there = moved(traces.resident(each, I2VGEN), each.setting(Offload))
+            found.append(estimate.with_phases(each, I2VGEN, there))
+    return found
+
+
+@pytest.mark.usefixtures("more")
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_the_fastest_of_all_that_fit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(seed, monkeypatch)
+    budget = random.Random(seed).uniform(3, 16)
+    for tier, tiers in (("exact", ("exact",)), ("near", ("exact", "near"))):
+        plan = plan_for(budget)
+        found = fitted(plan, I2VGEN, tier=tier)  # type: ignore[arg-type]
+        fitting = [each.estimate.seconds for each in every(plan, tiers) if each.feasible]
+        assert found.feasible == bool(fitting)
+        assert {s.tier for s in found.settings} <= set(tiers)
+        if found.feasible:
+            assert found.estimate.seconds == pytest.approx(min(s for s in fitting if s is not None), rel=1e-9)
+
+
+@pytest.mark.usefixtures("more")
+@pytest.mark.parametrize("seed", range(5))
+def test_more_budget_is_never_slower_and_what_fits_stays_within(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(seed, monkeypatch)
+    before: float | None = None
+    for budget in (2.5, 4, 5, 6, 7.5, 9, 12, 30, 70):
+        asked = plan_for(budget)
+        plan = fitted(asked, I2VGEN)
+        assert plan == fitted(asked, I2VGEN), "the same inputs give the same plan"
+        if plan.feasible:
+            assert all(phase.peak_vram_bytes <= plan.device.budget_bytes for phase in plan.estimate.phases)
+            assert all(phase.host_bytes <= plan.device.ram_free_bytes for phase in plan.estimate.phases)
+            assert plan.estimate.seconds is not None
+            assert before is None or plan.estimate.seconds <= before
+            before = plan.estimate.seconds
+        else:
+            assert before is None, "what fitted fits with more"
+    assert before is not None
+
+
+@pytest.mark.usefixtures("more")
+def test_where_everything_fits_nothing_is_changed_and_little_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = made_up(1, monkeypatch)
+    plan = fitted(plan_for(75), I2VGEN)
+    assert [(s.value, s.because) for s in plan.settings] == [(s.value, s.because) for s in plan_for(75).settings]
+    assert len(asked) == 1
+
+
+def test_without_rates_the_order_of_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(2, monkeypatch)
+    monkeypatch.setattr(estimate.rates, "of", lambda device: None)
+    places = [fitted(plan_for(budget), I2VGEN).setting(Offload).value for budget in (75, 13, 10, 8, 6)]
+    order = ("none", "part", *(f"block:{k}" for k in range(6, 0, -1)), "block", "leaf")
+    ranks = [order.index(place) for place in places]
+    assert ranks == sorted(ranks)
+    assert ranks[0] == 0
+    assert ranks[-1] > 1
+
+
+@pytest.mark.usefixtures("more")
+def test_what_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(3, monkeypatch)
+    free = fitted(plan_for(9), I2VGEN)
+    assert free.feasible
+    assert free.setting(Offload).value not in ("none", "leaf")
+    told = fitted(plan_for(9, offload="leaf"), I2VGEN)
+    assert (told.setting(Offload).value, told.setting(Offload).because) == ("leaf", ASKED)
+    refused = fitted(plan_for(9, offload="none"), I2VGEN)
+    assert refused.setting(Offload).value == "none"
+    assert not refused.feasible
+    ways = changes(refused, I2VGEN)
+    assert ways[0].flag == "without --set offload=none"
+    assert ways[0].seconds == free.estimate.seconds
+
+
+@pytest.mark.usefixtures("more")
+def test_every_derived_setting_has_a_reason_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(5, monkeypatch)
+    derived = 0
+    for budget in (4, 5, 6, 8, 10, 12):
+        plan, usual = fitted(plan_for(budget), I2VGEN), plan_for(budget)
+        for setting, stood in zip(plan.settings, usual.settings, strict=True):
+            if plan.feasible and setting.value != stood.value:
+                derived += 1
+                assert "GiB" in setting.because or " s, and " in setting.because, setting
+                if setting.type == "offload" and "GiB" in setting.because:
+                    assert f"{budget:.1f} GiB are there" in setting.because
+    assert derived > 3
+
+
+def test_ram_is_a_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(3, monkeypatch)
+    assert fitted(plan_for(9), I2VGEN).feasible
+    poor = fitted(plan_for(9, ram_gib=2), I2VGEN)
+    assert not poor.feasible
+    kept = fitted(plan_for(9, ram_gib=2, offload="block"), I2VGEN)
+    assert (kept.feasible, kept.host_fits) == (False, False)
+
+
+@pytest.mark.usefixtures("more")
+@pytest.mark.parametrize("seed", range(4))
+def test_where_nothing_fits_it_says_what_would(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(seed, monkeypatch)
+    least = min((e for e in every(plan_for(70), ("exact",))), key=lambda e: e.estimate.peak_bytes)
+    budget = least.estimate.peak_bytes / GIB * 0.9
+    plan = fitted(plan_for(budget), I2VGEN)
+    assert not plan.feasible
+    ways = changes(plan, I2VGEN)
+    assert 1 <= len(ways) <= 3
+    assert ways[-1].flag.startswith("a card with")
+    wider = fitted(plan_for(ways[-1].peak_bytes / GIB + 1e-6), I2VGEN)
+    assert wider.feasible
+    if ways[0].flag == "--quality near":
+        assert fitted(plan_for(budget), I2VGEN, tier="near").feasible
+
+
+# against the pass
+
+
+@pytest.mark.parametrize("id", ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl", "wan2.1-i2v-14b-480p"])
+def test_a_place_that_is_computed_is_the_place_that_is_traced(id: str, tmp_path: Path) -> None:
+    """Bytes on the card, in RAM, pinned, moved at the beginning and in a step: figure for figure."""
+    row = deep(id)
+    plan = tiny_plan(row)
+    base = traces.resident(plan, row, tmp_path)
+    for value in ("none", "part", "block", "block:1", "block:3", "leaf"):
+        there = replace(plan, settings=(*plan.settings[:-1], Offload(value=value)))
+        for computed, traced in zip(moved(base, Offload(value=value)), dryrun.trace(there, row), strict=True):
+            for fact in ("name", "weights_bytes", "host_bytes", "pinned_bytes", "onload_bytes", "peak_bytes", "flops"):
+                assert getattr(computed, fact) == getattr(traced, fact), (value, computed.name, fact)
+            ways = ("host_to_device", "elementwise")
+            # which of the blocks stay decides what a share of them moves: exact where blocks are alike
+            within = 1e-9 if "i2vgen" not in id or ":" not in value else 0.02
+            for way in ways:
+                assert computed.bytes[way] == pytest.approx(traced.bytes[way], rel=within), (value, computed.name, way)
+
+
+@pytest.mark.parametrize("id", ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl"])
+def test_a_stage_alone_is_as_in_a_whole_run(id: str, tmp_path: Path) -> None:
+    row = deep(id)
+    plan = tiny_plan(row)
+    whole = traces.resident(plan, row, tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == len(traces.STAGES)
+    for file in files:
+        file.unlink()
+        again = traces.resident(plan, row, tmp_path)
+        assert file.exists()
+        for one, other in zip(whole, again, strict=True):
+            assert replace(one, held={}) == replace(other, held={})
+
+
+def test_a_setting_of_the_denoiser_leaves_the_other_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = deep("i2vgen-xl")
+    plan = tiny_plan(row)
+    traces.resident(plan, row, tmp_path)
+    traced: list[set[str]] = []
+    original = dryrun.trace
+
+    def spied(plan: Plan, checkpoint: Checkpoint, known: Any = None) -> Any:
+        found = original(plan, checkpoint, known)
+        traced.append({phase.name for phase in found})
+        return found
+
+    monkeypatch.setattr(dryrun, "trace", spied)
+    apart = replace(plan, settings=(type(plan.settings[0])(value="apart"), *plan.settings[1:]))
+    traces.resident(apart, row, tmp_path)
+    assert traced == [{"denoise:unet"}]
+
+
+def deep(id: str) -> Checkpoint:
+    """Tiny, with five blocks, and sizes that it takes."""
+    row = tiny_row(id)
+    names = ("transformer", "transformer_2")
+    layers = {"num_layers": 5}
+    parts = (replace(c, config={**c.config, **layers}) if c.name in names else c for c in row.components)
+    return replace(row, components=tuple(parts), sizes=replace(row.sizes, min_side=32, multiple=16))
+
+
+def tiny_plan(row: Checkpoint) -> Plan:
+    request = Request(image=Path("x.jpg"), prompt="x", model=row.id, width=64, height=64, num_frames=5, seed=1)
+    return choose(request, row, Device.named("rtx-4090"), photo_size=(64, 64))
+
+
+# the table of candidates
+
+
+@pytest.mark.parametrize("row", CHECKPOINTS.values(), ids=lambda row: row.id)
+def test_what_stands_first_is_what_a_plan_has_by_itself(row: Checkpoint) -> None:
+    plan = choose(
+        Request(image=Path("x.jpg"), prompt="x", model=row.id, seed=1), row, Device.named("rtx-4090"), photo_size=(9, 9)
+    )
+    for each in CANDIDATES:
+        assert plan.setting(each.kind).value == each.values(row)[0]
+        assert all(each.kind.accepts(value) for value in each.values(row))
+    assert {each.kind for each in CANDIDATES} | {Offload} == set(vocabulary.SETTINGS.values())
+
+
+def test_seconds_grow_with_what_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All on the card, by component, by block, by layer; and where much is computed, blocks cost next to nothing."""
+    made_up(4, monkeypatch)
+    plan = plan_for(75)
+    seconds = {
+        value: estimate.with_phases(p, I2VGEN, moved(traces.resident(p, I2VGEN), Offload(value=value))).estimate.seconds
+        for value in ("none", "part", "block:2", "block", "leaf")
+        for p in [replace(plan, settings=(plan.settings[0], Offload(value=value)))]
+    }
+    assert all(value is not None for value in seconds.values())
+    assert list(seconds.values()) == sorted(seconds.values())  # type: ignore[type-var]
+    assert seconds["leaf"] > seconds["none"]  # type: ignore[operator]
+    known = estimate.rates.of(plan.device)
+    assert known
+    busy = {"matmul": 10.0, "attention": 10.0, "convolution": 0.0, "elementwise": 1.0}
+    assert estimate._beside(busy, 28 * 10**9, "block", known) < 21 * 1.01
+    assert estimate._beside(busy, 28 * 10**11, "block", known) > 28 * 10**11 / 60e9
+
+
+# saved plans
+
+
+def test_two_saved_plans_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up(3, monkeypatch)
+    small, large = fitted(plan_for(9), I2VGEN), fitted(plan_for(60), I2VGEN)
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(small.dumps())
+    b.write_text(large.dumps())
+    assert Plan.read(a) == small
+    found = {each.what: each for each in differences(Plan.read(a), Plan.read(b))}
+    assert found["offload"].b == "none"
+    assert "GiB" in found["offload"].because[0]
+    assert {"budget_bytes", "seconds", "denoise:unet.peak_vram_bytes"} <= set(found)
+    assert "request.width" not in found
+    assert differences(small, small) == ()
+    assert run_cli("plan", "--diff", str(a), str(b), "--json") == 0
+    told = json.loads(capsys.readouterr().out)["differences"]
+    assert {each["what"] for each in told} == set(found)
+    assert run_cli("plan", "--diff", str(a), str(b)) == 0
+    assert "denoise:unet.peak_vram GiB" in capsys.readouterr().out
+    b.write_text('{"a": 1}')
+    assert run_cli("plan", "--diff", str(a), str(b)) == 3
+    assert "b.json holds no plan" in capsys.readouterr().err
+    assert run_cli("plan", "--diff", str(a), str(tmp_path / "none.json")) == 3
+
+
+def test_a_saved_plan_is_run_again(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (
+        str(photo), "-p", "pan", "--size", "64x64", "--frames", "5", "--steps", "2", "--seed", "4", "--device", "cpu",
+        "--set", "guidance=together", "--json",
+    )  # fmt: skip
+    assert run_cli("plan", *asked) == 0
+    file = tmp_path / "plan.json"
+    file.write_text(capsys.readouterr().out)
+    replayed, made = tmp_path / "a", tmp_path / "b"
+    assert run_cli("run", "--plan", str(file), "-o", str(replayed), "--no-checkpoint") == 0
+    assert run_cli("run", *asked, "-o", str(made), "--no-checkpoint") == 0
+    frames = sorted(path.name for path in replayed.glob("*.png"))
+    assert frames
+    from PIL import Image
+
+    for name in frames:
+        assert Image.open(replayed / name).tobytes() == Image.open(made / name).tobytes()
+    capsys.readouterr()
+    assert run_cli("run", "--plan", str(file), "--seed", "5") == 2
+    assert "--seed would change it" in capsys.readouterr().err
+    card = Plan.read(file)
+    file.write_text(replace(card, device=Device.named("rtx-4090")).dumps())
+    assert run_cli("run", "--plan", str(file)) == 2
+    assert "rtx-4090 is a card to plan for" in capsys.readouterr().err
+
+
+def run_cli(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+# the table of what fits
+
+
+def test_the_filed_table_is_what_the_command_writes() -> None:
+    """Its columns, its models and its cards; the numbers follow the code when it is made anew (`make fits`)."""
+    page = (Path(__file__).parents[1] / "docs" / "fits.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert lines[0] == f"| {' | '.join(fits.COLUMNS)} |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    wanted = [(id, f"{gb} GB ({card})") for id in CHECKPOINTS for card, gb in fits.MACHINES.items()]
+    assert [(row[0], row[1]) for row in cells] == wanted
+    for row in cells:
+        assert len(row) == len(fits.COLUMNS)
+        if row[2] != "nothing":
+            card = row[1].partition("(")[2].rstrip(")")
+            assert float(row[6]) <= Device.named(card).budget_bytes / GIB + 0.05
+            assert "offload=" in row[4]
+
+
+def test_a_row_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    works: list[tuple[int, int, int]] = []
+
+    def planned(plan: Plan, checkpoint: Checkpoint, tier: str) -> Plan:
+        request = plan.request
+        works.append((request.width, request.height, request.num_frames))
+        weights = 0 if request.width * request.height <= 832 * 480 else 2**60
+        return replace(plan, estimate=replace(plan.estimate, weights_bytes=weights))
+
+    monkeypatch.setattr(fits, "fitted", planned)
+    told: list[str] = []
+    plan = fits._largest(A14B, Device.named("rtx-4090"), "exact")
+    assert plan
+    assert (plan.request.width, plan.request.height, plan.request.num_frames) == (832, 480, 81)
+    pixels = [w * h * n for w, h, n in works]
+    assert pixels == sorted(pixels, reverse=True)
+    assert works[0] == (1280, 720, 81)
+    monkeypatch.setattr(fits, "_largest", lambda *_: None)
+    (first, *_) = fits.rows(models=("i2vgen-xl",), told=told.append)
+    assert first.cells()[2] == "nothing"
+    assert told == ["i2vgen-xl on rtx-3070"]
