@@ -73,12 +73,13 @@ class Options:
 
 
 def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
-    """`planning.prepare` with what `options` say of it; with weights that come and go, what each phase needs too."""
+    """`planning.prepare` with what `options` say of it; with weights that move or shrink, what each phase needs too."""
     checkpoint, plan = planning.prepare(
         request, device=options.device, vram_bytes=options.vram_bytes, ram_bytes=options.ram_bytes,
         preset=options.preset, settings=options.settings, precision=options.precision, use_tuned=options.use_tuned,
     )  # fmt: skip
-    return checkpoint, plan if plan.offload == "none" else planning.estimated(plan, checkpoint)
+    as_they_are = plan.offload == "none" and plan.quantize == "none"
+    return checkpoint, plan if as_they_are else planning.estimated(plan, checkpoint)
 
 
 def generate(request: Request, output: Path, options: Options | None = None) -> Report:

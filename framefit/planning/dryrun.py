@@ -30,7 +30,7 @@ from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.plan import Offload, Plan
-from framefit.planning.placed import Placed, placed, watch
+from framefit.planning.placed import Placed, placed, times, watch
 from framefit.planning.traces import PhaseTrace
 from framefit.testing import random_parts
 
@@ -47,8 +47,9 @@ def trace(plan: Plan, checkpoint: Checkpoint) -> tuple[PhaseTrace, ...]:
     """The phases of `plan` in the order of a run, from encode_text to decode; a few seconds."""
     # where some blocks stay and some stream, no block stands for another
     whole = checkpoint.experts if any(isinstance(s, Offload) and s.kept for s in plan.settings) else ()
-    parts, weights, standing = _fake(checkpoint, PRECISIONS[plan.precision], whole)
-    return followed(apply_all(parts, plan), plan, weights, standing)
+    parts, standing = _fake(checkpoint, PRECISIONS[plan.precision], whole)
+    apply_all(parts, plan)
+    return followed(parts, plan, _weights(parts, standing), standing)
 
 
 def followed(
@@ -138,18 +139,14 @@ class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _fake(
-    checkpoint: Checkpoint, dtype: torch.dtype, whole: Sequence[str] = ()
-) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
-    """Fake parts, the bytes of the weights of each, and for which blocks one stands for how many; `whole` have all."""
+def _fake(checkpoint: Checkpoint, dtype: torch.dtype, whole: Sequence[str] = ()) -> tuple[Parts, dict[nn.Module, int]]:
+    """Fake parts, and for which blocks one stands for how many; `whole` have all."""
     parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"))
-    weights: dict[str, int] = {}
     standing: dict[nn.Module, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, part in parts.components.items():
             if not isinstance(part, nn.Module):
                 continue
-            weights[name] = sum(block_bytes(t.nbytes) for t in weights_of(part))
             # nothing is left by layer
             if name not in whole and (name in checkpoint.experts or "T5Encoder" in checkpoint[name].class_name):
                 standing |= _shortened(part)
@@ -157,7 +154,24 @@ def _fake(
             if checkpoint[name].package == "transformers":
                 cast(Any, part).tie_weights()
     parts.device = torch.device("cpu")
-    return parts, weights, standing
+    return parts, standing
+
+
+def _weights(parts: Parts, standing: Mapping[nn.Module, int]) -> dict[str, int]:
+    """Component -> bytes of its weights as the passes leave them, with those that one stands for."""
+    found = {}
+    for name, part in parts.components.items():
+        if isinstance(part, nn.Module):
+            each = times(part, standing)
+            # of a tensor that several modules share any one will do
+            held = {id(t): (t, n) for module, n in each.items() for t in _own(module)}
+            found[name] = sum(n * block_bytes(t.nbytes) for t, n in held.values())
+    return found
+
+
+def _own(module: nn.Module) -> list[torch.Tensor]:
+    """Its parameters and buffers without those of its children."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _fakeness(parts: Parts) -> AbstractContextManager[object]:

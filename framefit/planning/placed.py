@@ -10,7 +10,7 @@ from torch import nn
 from framefit.families.parts import Parts
 from framefit.passes import offload
 
-__all__ = ["Placed", "placed", "watch"]
+__all__ = ["Placed", "placed", "times", "watch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +47,8 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
     device, onload = {}, 0
     for name in used:
         if component := found.components.get(name):
-            times = _times(component.model, standing)
-            moving = sum(unit.slab.bytes * times[unit.module] for unit in component.stream.units)
+            each = times(component.model, standing)
+            moving = sum(unit.slab.bytes * each[unit.module] for unit in component.stream.units)
             whole = weights[name] - component.embeddings_bytes - moving
             device[name], onload = whole + component.stream.rooms_bytes, onload + whole
     host = sum(weights.values())
@@ -56,14 +56,14 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
     return Placed(device_bytes=device, host_bytes=host, pinned_bytes=host - unpinned, onload_bytes=onload)
 
 
-def _times(model: nn.Module, standing: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
+def times(model: nn.Module, standing: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
     """How many modules each one stands for, with all that it lies in."""
-    times: dict[nn.Module, int] = {}
+    found: dict[nn.Module, int] = {}
 
     def visit(module: nn.Module, around: int) -> None:
-        times[module] = around * standing.get(module, 1)
+        found[module] = around * standing.get(module, 1)
         for child in module.children():
-            visit(child, times[module])
+            visit(child, found[module])
 
     visit(model, 1)
-    return times
+    return found

@@ -11,7 +11,8 @@ from dataclasses import replace
 from framefit import photo, tuned
 from framefit.device import Device
 from framefit.families import Checkpoint, find
-from framefit.plan import Plan
+from framefit.plan import Plan, Setting
+from framefit.planning.asked import asked
 from framefit.planning.choose import choose
 from framefit.request import Request
 
@@ -58,10 +59,10 @@ def prepare(
         settings=settings,
         precision=precision,
     )
-    return checkpoint, _tuned(plan, settings) if use_tuned else plan
+    return checkpoint, _tuned(plan, asked(settings)) if use_tuned else plan
 
 
-def _tuned(plan: Plan, explicit: Mapping[str, str]) -> Plan:
+def _tuned(plan: Plan, explicit: Mapping[str, Setting]) -> Plan:
     """With the settings that a search has filed for this device in place of those that nobody asked for."""
     if (found := tuned.find(plan)) is None:
         return plan
