@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate, repeat
 
 from framefit import rates
 from framefit.errors import DoesNotFit, UsageError
@@ -48,11 +50,13 @@ def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
         )  # fmt: skip
         return plan
     known = rates.of(plan.device)
+    sizes = component_bytes(checkpoint, plan.precision)
+    kept = sizes if plan.quantize == "none" else traces[0].kept_bytes
     phases = tuple(_phase(trace, plan, checkpoint, known) for trace in traces)
     return replace(
         plan, estimate=Estimate(
-            weights_bytes=plan.estimate.weights_bytes, free_bytes=plan.estimate.free_bytes,
-            phases=(_load(plan, checkpoint), *phases), origin=_origin(known),
+            weights_bytes=sum(kept.values()), free_bytes=plan.estimate.free_bytes,
+            phases=(_load(plan, sizes, kept), *phases), origin=_origin(known),
         ),
     )  # fmt: skip
 
@@ -132,13 +136,13 @@ def _seconds(trace: PhaseTrace, times: int, known: Rates | None) -> float | None
     return times * total
 
 
-def _load(plan: Plan, checkpoint: Checkpoint) -> PhaseEstimate:
-    """Every component is read to the host whole, and then moved, unless it stays there."""
-    sizes = component_bytes(checkpoint, plan.precision)
-    held = {f"weights of the {name}": size for name, size in sorted(sizes.items(), key=lambda each: -each[1])}
+def _load(plan: Plan, sizes: Mapping[str, int], kept: Mapping[str, int]) -> PhaseEstimate:
+    """Every component is read to the host whole, shrunk to what is kept of it, and moved unless it stays there."""
+    held = {f"weights of the {name}": size for name, size in sorted(kept.items(), key=lambda each: -each[1])}
     stays = plan.device.id == "cpu" or plan.offload != "none"
-    on_card = 0 if stays else sum(sizes.values())
-    host = sum(sizes.values()) if stays else max(sizes.values())
+    on_card = 0 if stays else sum(kept.values())
+    before = accumulate((kept[name] for name in sizes), initial=0) if stays else repeat(0)
+    host = max(read + there for read, there in zip(sizes.values(), before, strict=False))
     return PhaseEstimate(
         name="load", seconds=None, peak_vram_bytes=on_card, host_bytes=host, disk_bytes=0, held=held
     )  # fmt: skip

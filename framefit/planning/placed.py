@@ -19,6 +19,8 @@ class Placed:
 
     device_bytes: dict[str, int]
     """By component, with the rooms that its blocks pass through."""
+    kept_bytes: Mapping[str, int]
+    """Of all components, wherever they are."""
     host_bytes: int = 0
     pinned_bytes: int = 0
     onload_bytes: int = 0
@@ -43,7 +45,7 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
         standing: block -> how many equal blocks it stands for.
     """
     if (found := offload.placed(parts)) is None:
-        return Placed(device_bytes=dict(weights))
+        return Placed(device_bytes=dict(weights), kept_bytes=weights)
     device, onload = {}, 0
     for name in used:
         if component := found.components.get(name):
@@ -53,7 +55,9 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
             device[name], onload = whole + component.stream.rooms_bytes, onload + whole
     host = sum(weights.values())
     unpinned = sum(component.embeddings_bytes for component in found.components.values())
-    return Placed(device_bytes=device, host_bytes=host, pinned_bytes=host - unpinned, onload_bytes=onload)
+    return Placed(
+        device_bytes=device, kept_bytes=weights, host_bytes=host, pinned_bytes=host - unpinned, onload_bytes=onload
+    )  # fmt: skip
 
 
 def times(model: nn.Module, standing: Mapping[nn.Module, int]) -> dict[nn.Module, int]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,8 @@ class PhaseTrace:
     """(kind of work, precision) -> floating-point operations."""
     bytes: Mapping[str, int]
     """"elementwise": read and written; "host_to_device", "device_to_host": moved."""
+    kept_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Component -> bytes of its weights, wherever they are."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"flops": [[*key, n] for key, n in self.flops.items()]}
