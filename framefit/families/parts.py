@@ -125,7 +125,7 @@ def load_parts(
     Args:
         device: where they will compute.
         on_host: whether the weights go to the host, for a pass that moves them.
-        on_read: hears of every model as soon as it is read, alone, on the host still; its device is where it goes.
+        on_read: hears of every model as soon as it is read, alone, and on the host still.
     """
     components = {}
     there = torch.device("cpu") if on_host else device
@@ -133,7 +133,7 @@ def load_parts(
         with _translated(folder / row.name, row):
             component = _load(checkpoint, row, folder / row.name, dtype)
         if row.params:
-            on_read(Parts(checkpoint, {row.name: component}, there))
+            on_read(Parts(checkpoint, {row.name: component}, device))
             component = component.to(there)
         components[row.name] = component
     return Parts(checkpoint, components, device)

@@ -12,7 +12,7 @@ What is computed, and on which bits, is the same. Streaming follows diffusers' g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,6 @@ from framefit.errors import UsageError
 from framefit.families.parts import TEXT_ENCODERS, Parts, weights
 from framefit.ledger.live import block_bytes
 from framefit.ledger.transfer import Room, Slab, Transfer, transfer_for
-from framefit.passes.blocks import blocks, rows
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
 
@@ -38,11 +37,11 @@ def apply(parts: Parts, setting: Offload) -> None:
     if setting.level == "none":
         return
     models = {name: part for name, part in parts.components.items() if isinstance(part, nn.Module)}
-    count = min((len(blocks(models[expert])) for expert in parts.checkpoint.experts), default=0)
-    if 0 < count <= setting.kept:
+    blocks = min((len(_blocks(models[expert])) for expert in parts.checkpoint.experts), default=0)
+    if 0 < blocks <= setting.kept:
         raise UsageError(
             f"offload={setting.value} keeps {setting.kept} blocks on the device and the denoiser of "
-            f"{parts.checkpoint.id} has {count}: use offload=block:K with K from 1 to {count - 1}, or offload=part "
+            f"{parts.checkpoint.id} has {blocks}: use offload=block:K with K from 1 to {blocks - 1}, or offload=part "
             f"for all of them."
         )
     transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in weights(model)))
@@ -108,7 +107,7 @@ class Component:
     @classmethod
     def of(cls, model: nn.Module, level: str, kept: int, transfer: Transfer) -> Component:
         """Pack it."""
-        modules = {"part": [], "block": blocks(model), "leaf": _leaves(model)}[level]
+        modules = {"part": [], "block": _blocks(model), "leaf": _leaves(model)}[level]
         tables = () if level == "part" else _token_tables(model)
         at_home = {id(table.weight) for table in tables}
         shared = _shared(modules)
@@ -129,7 +128,7 @@ class Component:
             HookRegistry.check_if_exists_or_initialize(table).register_hook(_OnHost(), EMBEDDING)
         slabs = tuple(transfer.slab(tensors) for tensors in whole if tensors)
         stream = Stream(units, transfer)
-        if level == "block" and len(rows(model)) == 1:
+        if level == "block" and len(_rows(model)) == 1:
             stream.expect(units)
         return cls(model, slabs, stream, transfer, tables)
 
@@ -185,6 +184,23 @@ class _OnHost(ModelHook):  # type: ignore[misc]
         return rows.to(ids.device)
 
 
+def _rows(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost lists whose modules are all of one class: what a model repeats."""
+
+    def search(module: nn.Module) -> Iterator[nn.ModuleList]:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len({type(each) for each in child}) == 1 and weights(child):
+                yield child
+            else:
+                yield from search(child)
+
+    return list(search(model))
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [block for row in _rows(model) for block in row]
+
+
 def _leaves(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if not any(module.children()) and weights(module)]
 
@@ -203,6 +219,6 @@ def _shared(modules: Sequence[nn.Module]) -> set[int]:
     return {tensor for tensor, times in held.items() if times > 1}
 
 
-def _spread(kept: int, count: int) -> set[int]:
+def _spread(kept: int, blocks: int) -> set[int]:
     """Which blocks stay: evenly among the others, so that the copies have time between them."""
-    return {i for i in range(count) if (i + 1) * kept // count > i * kept // count}
+    return {i for i in range(blocks) if (i + 1) * kept // blocks > i * kept // blocks}

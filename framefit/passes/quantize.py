@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from framefit.errors import UsageError
 from framefit.families.parts import TEXT_ENCODERS, Parts
-from framefit.passes.blocks import blocks
 from framefit.plan import Quantize
 
 __all__ = ["apply", "restored", "stored"]
@@ -46,7 +45,7 @@ def apply(parts: Parts, setting: Quantize) -> None:
     for name in (*parts.checkpoint.experts, *TEXT_ENCODERS):
         if name not in parts:
             continue
-        layers = list(_large(parts[name], parts.dtype(name)))
+        layers = _large(parts[name], parts.dtype(name))
         if not layers:
             raise UsageError(
                 f"quantize={setting.value} keeps the large linear layers of every denoiser and text encoder in 8 bits, "
@@ -54,7 +53,7 @@ def apply(parts: Parts, setting: Quantize) -> None:
             )
         for layer in layers:
             if layer.weight.dtype != CODES:
-                _store(layer, setting.value)
+                _store(layer, setting.value, parts.device)
 
 
 def stored(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,15 +79,26 @@ def _scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _large(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Linear]:
-    """The linear layers of its blocks, in 8 bits or not."""
+def _large(model: nn.Module, dtype: torch.dtype) -> list[nn.Linear]:
+    """The linear layers of its blocks, in 8 bits already or not."""
     held = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    for block in blocks(model):
-        for parent in block.modules():
-            for layer in () if _modulates(parent) else parent.children():
-                # not of a subclass: who derives from it may read its weight in a way of his own
-                if type(layer) is nn.Linear and layer.weight.dtype in (dtype, CODES) and held[id(layer.weight)] <= 1:
-                    yield layer
+    found = {
+        layer: None
+        for block in _blocks(model)
+        for parent in block.modules()
+        if not _modulates(parent)
+        for layer in parent.children()
+        # not of a subclass: who derives from it may read its weight in a way of his own
+        if type(layer) is nn.Linear and layer.weight.dtype in (dtype, CODES) and held[id(layer.weight)] <= 1
+    }
+    return list(found)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """What a model repeats: the modules of every list that are all of one class."""
+    for row in model.modules():
+        if isinstance(row, nn.ModuleList) and len({type(each) for each in row}) == 1:
+            yield from row
 
 
 def _modulates(parent: nn.Module) -> bool:
@@ -97,11 +107,13 @@ def _modulates(parent: nn.Module) -> bool:
     return "Norm" in type(parent).__name__ or convolves
 
 
-def _store(layer: nn.Linear, kind: str) -> None:
-    codes, rows, columns = stored(layer.weight, kind)
+def _store(layer: nn.Linear, kind: str, device: torch.device) -> None:
+    """Computed on `device`, and kept where the weight was."""
+    home = layer.weight.device
+    made = stored(layer.weight.to(device), kind)
     del layer.weight
-    for name, tensor in (("weight", codes), ("weight_rows", rows), ("weight_columns", columns)):
-        layer.register_buffer(name, tensor)
+    for name, tensor in zip(("weight", "weight_rows", "weight_columns"), made, strict=True):
+        layer.register_buffer(name, tensor.to(home))
     HookRegistry.check_if_exists_or_initialize(layer).register_hook(_Restoring(kind), HOOK)
 
 
