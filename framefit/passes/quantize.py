@@ -54,6 +54,8 @@ def apply(parts: Parts, setting: Quantize) -> None:
         for layer in layers:
             if layer.weight.dtype != CODES:
                 _store(layer, setting.value, parts.device)
+    if parts.device.type == "cuda":
+        torch.cuda.empty_cache()  # what this took, which the next phase would seem to hold
 
 
 def stored(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,11 +26,11 @@ from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts
 from framefit.families.parts import weights as weights_of
 from framefit.ledger.counts import Counts, Tally, count
-from framefit.ledger.live import Live, Peak, block_bytes
+from framefit.ledger.live import Live, Peak
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.plan import Offload, Plan
-from framefit.planning.placed import Placed, placed, times, watch
+from framefit.planning.placed import Placed, kept, placed, watch
 from framefit.planning.traces import PhaseTrace
 from framefit.testing import random_parts
 
@@ -48,8 +48,8 @@ def trace(plan: Plan, checkpoint: Checkpoint) -> tuple[PhaseTrace, ...]:
     # where some blocks stay and some stream, no block stands for another
     whole = checkpoint.experts if any(isinstance(s, Offload) and s.kept for s in plan.settings) else ()
     parts, standing = _fake(checkpoint, PRECISIONS[plan.precision], whole)
-    apply_all(parts, plan)
-    return followed(parts, plan, _weights(parts, standing), standing)
+    parts = apply_all(parts, plan)
+    return followed(parts, plan, kept(parts, standing), standing)
 
 
 def followed(
@@ -155,23 +155,6 @@ def _fake(checkpoint: Checkpoint, dtype: torch.dtype, whole: Sequence[str] = ())
                 cast(Any, part).tie_weights()
     parts.device = torch.device("cpu")
     return parts, standing
-
-
-def _weights(parts: Parts, standing: Mapping[nn.Module, int]) -> dict[str, int]:
-    """Component -> bytes of its weights as the passes leave them, with those that one stands for."""
-    found = {}
-    for name, part in parts.components.items():
-        if isinstance(part, nn.Module):
-            each = times(part, standing)
-            # of a tensor that several modules share any one will do
-            held = {id(t): (t, n) for module, n in each.items() for t in _own(module)}
-            found[name] = sum(n * block_bytes(t.nbytes) for t, n in held.values())
-    return found
-
-
-def _own(module: nn.Module) -> list[torch.Tensor]:
-    """Its parameters and buffers without those of its children."""
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _fakeness(parts: Parts) -> AbstractContextManager[object]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from framefit.families.parts import Parts
+from framefit.ledger.live import block_bytes
 from framefit.passes import offload
 
-__all__ = ["Placed", "placed", "times", "watch"]
+__all__ = ["Placed", "kept", "placed", "watch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +51,8 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
     device, onload = {}, 0
     for name in used:
         if component := found.components.get(name):
-            each = times(component.model, standing)
-            moving = sum(unit.slab.bytes * each[unit.module] for unit in component.stream.units)
+            times = _times(component.model, standing)
+            moving = sum(unit.slab.bytes * times[unit.module] for unit in component.stream.units)
             whole = weights[name] - component.embeddings_bytes - moving
             device[name], onload = whole + component.stream.rooms_bytes, onload + whole
     host = sum(weights.values())
@@ -60,14 +62,31 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
     )  # fmt: skip
 
 
-def times(model: nn.Module, standing: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
+def kept(parts: Parts, standing: Mapping[nn.Module, int]) -> dict[str, int]:
+    """Component -> bytes of its weights as the passes leave them; `standing` as above."""
+    found = {}
+    for name, part in parts.components.items():
+        if isinstance(part, nn.Module):
+            times = _times(part, standing)
+            # a tensor that several modules share counts once
+            held = {id(tensor): (tensor, times[module]) for module in times for tensor in _own(module)}
+            found[name] = sum(n * block_bytes(tensor.nbytes) for tensor, n in held.values())
+    return found
+
+
+def _own(module: nn.Module) -> list[torch.Tensor]:
+    """Its parameters and buffers without those of its children."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _times(model: nn.Module, standing: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
     """How many modules each one stands for, with all that it lies in."""
-    found: dict[nn.Module, int] = {}
+    times: dict[nn.Module, int] = {}
 
     def visit(module: nn.Module, around: int) -> None:
-        found[module] = around * standing.get(module, 1)
+        times[module] = around * standing.get(module, 1)
         for child in module.children():
-            visit(child, found[module])
+            visit(child, times[module])
 
     visit(model, 1)
-    return found
+    return times
