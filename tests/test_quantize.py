@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,7 +30,7 @@ Wide = Callable[[str], Checkpoint]
 
 BOUNDS = {"int8": 0.02, "fp8": 0.06}
 """Relative L2 of a forward to the weights as they were; int8's is the project's goal for the tier near."""
-IDS = ["wan2.2-i2v-a14b", "wan2.1-i2v-14b-480p", "easyanimate-v5.1-7b-inp", "easyanimate-v5-7b-zh-inp", "i2vgen-xl"]
+IDS = ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "easyanimate-v5-7b-zh-inp", "i2vgen-xl"]
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 4}
 WIDE: dict[str, dict[str, Any]] = {
     "WanTransformer3DModel": {"attention_head_dim": 48, "ffn_dim": 256, "num_layers": 4},
@@ -129,9 +128,11 @@ def test_one_scale_for_a_row_alone_would_not_do(wide: Wide, make_plan: Make, mon
     monkeypatch.setattr(quantize, "_scale", rows_alone)
     assert error(forward(applied(with_outliers(fresh(row)), "int8"), plan), expected) > 2 * good
     restored = quantize.restored
-    monkeypatch.setattr(
-        quantize, "restored", lambda codes, rows, columns, kind: restored(codes, rows * 1.1, columns, kind)
-    )
+
+    def larger(codes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, kind: str) -> torch.Tensor:
+        return restored(codes, 1.1 * rows, columns, kind)
+
+    monkeypatch.setattr(quantize, "restored", larger)
     assert error(forward(applied(with_outliers(fresh(row)), "int8"), plan), expected) > BOUNDS["int8"]
 
 
@@ -262,7 +263,6 @@ def test_it_is_read_one_component_at_a_time(wide: Wide, make_plan: Make, monkeyp
     stored = quantize.stored
 
     def watched(weight: torch.Tensor, kind: str) -> Any:
-        gc.collect()
         alive.append(sum(ref() is not None for ref in whole))
         whole.append(weakref.ref(weight))
         return stored(weight, kind)
@@ -270,7 +270,6 @@ def test_it_is_read_one_component_at_a_time(wide: Wide, make_plan: Make, monkeyp
     monkeypatch.setattr(quantize, "stored", watched)
     parts = load(plan, row).parts
     assert len(whole) == sum(t.dtype == torch.int8 for name in shrunk(parts) for t in parts[name].buffers())
-    gc.collect()
     assert max(alive) <= 1
     assert not any(ref() is not None for ref in whole[:-1])
     expected = applied(fresh(row), "int8")
@@ -330,7 +329,7 @@ def test_a_model_without_such_layers_is_refused(wide: Wide) -> None:
     parts = fresh(wide("wan2.2-i2v-a14b"))
     parts.components["transformer_2"] = nn.Conv2d(1, 1, 1)
     parts.components["transformer_2"].dtype = torch.float32
-    with pytest.raises(UsageError, match="the transformer_2 of .* has none: use quantize=none"):
+    with pytest.raises(UsageError, match=r"the transformer_2 of .* has none: use quantize=none"):
         applied(parts, "int8")
 
 
