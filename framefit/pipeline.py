@@ -26,9 +26,9 @@ from framefit.families import Checkpoint, family_of, hub, lora
 from framefit.families.files import check_headers
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors, load_parts
 from framefit.ledger import Ledger
-from framefit.passes import apply_all
+from framefit.passes import apply_all, quantize
 from framefit.passes.guidance import guided
-from framefit.plan import Plan
+from framefit.plan import Plan, Quantize
 from framefit.schedule import Schedule
 from framefit.video import Frame, Video
 
@@ -65,10 +65,18 @@ def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pi
         check_headers(folder, checkpoint)
         parts = load_parts(
             checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id),
-            on_host=plan.offload != "none",
+            on_host=plan.offload != "none", on_read=partial(_shrink, plan),
         )  # fmt: skip
-        lora.merge(parts, plan.request.loras)
+        if plan.quantize == "none":
+            lora.merge(parts, plan.request.loras)
         return Pipeline(plan, apply_all(parts, plan), ledger)
+
+
+def _shrink(plan: Plan, model: Parts) -> None:
+    """A model that was just read, where it is to be kept in fewer bits: in all of its bits the whole may not fit."""
+    if plan.quantize != "none":
+        lora.merge(model, plan.request.loras)
+        quantize.apply(model, plan.setting(Quantize))
 
 
 class Pipeline:

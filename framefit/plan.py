@@ -16,8 +16,8 @@ from framefit.errors import BadInput, UsageError
 from framefit.request import ResolvedRequest
 
 __all__ = [
-    "ASKED", "QUALITIES", "SETTINGS", "TIERS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting",
-    "Tier",
+    "ASKED", "QUALITIES", "SETTINGS", "TIERS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Quantize",
+    "Setting", "Tier",
 ]  # fmt: skip
 
 S = TypeVar("S", bound="Setting")
@@ -43,7 +43,6 @@ class Setting:
     """The plain ones."""
     more: ClassVar[str] = ""
     """A further form of value, as it is written for the user; empty: there is none."""
-    tier: ClassVar[Tier] = "exact"
     phases: ClassVar[tuple[str, ...]] = ("",)
     """What the names of the phases begin with that it changes; the empty one: of all."""
 
@@ -55,6 +54,10 @@ class Setting:
             possible = " or ".join(f"{self.type}={value}" for value in self.possible())
             raise UsageError(f"{self.type}={self.value} is unknown: use {possible}.")
 
+    @property
+    def tier(self) -> Tier:
+        return "exact"
+
     @classmethod
     def accepts(cls, value: str) -> bool:
         return value in cls.values
@@ -62,7 +65,7 @@ class Setting:
     @property
     def asked(self) -> bool:
         """Whether the user gave it."""
-        return self.because == ASKED
+        return self.because.startswith(ASKED)
 
     @classmethod
     def touches(cls, phase: str) -> bool:
@@ -117,7 +120,24 @@ class Offload(Setting):
         return int(self.value.partition(":")[2] or 0)
 
 
-SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Offload)}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantize(Setting):
+    """How the weights of the large linear layers are kept: as they compute, or in 8 bits each.
+
+    From 8 bits a layer's weight is restored when it computes, in the plan's precision, and dropped again.
+    """
+
+    type = "quantize"
+    title = "weights in 8 bits"
+    values = ("none", "fp8", "int8")
+    phases = ("encode_text", "denoise")
+
+    @property
+    def tier(self) -> Tier:
+        return "exact" if self.value == "none" else "near"
+
+
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Quantize, Guidance, Offload)}
 """Every type of setting: the vocabulary of a plan."""
 
 
@@ -236,6 +256,11 @@ class Plan:
     def offload(self) -> str:
         """The level; "none" too where a plan was made before there was one."""
         return next((s.level for s in self.settings if isinstance(s, Offload)), "none")
+
+    @property
+    def quantize(self) -> str:
+        """ "none" too where a plan was made before there was another."""
+        return next((s.value for s in self.settings if isinstance(s, Quantize)), "none")
 
     def to_json(self) -> dict[str, Any]:
         settings = [{"type": s.type, "tier": s.tier, "value": s.value, "because": s.because} for s in self.settings]

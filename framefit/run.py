@@ -94,7 +94,8 @@ def _unfitted(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
 def _fitted(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
     """On the CPU a run begins at once where nothing says otherwise: there the weights are all that is looked at."""
     if plan.device.id == "cpu" or not options.fit:
-        return plan if plan.offload == "none" else planning.estimated(plan, checkpoint)
+        as_they_are = plan.offload == "none" and plan.quantize == "none"
+        return plan if as_they_are else planning.estimated(plan, checkpoint)
     return planning.fitted(plan, checkpoint, tier=QUALITIES[options.quality])
 
 

@@ -64,19 +64,26 @@ def check(loras: tuple[Lora, ...], checkpoint: Checkpoint) -> tuple[Lora, ...]:
 
 @torch.no_grad()
 def merge(parts: Parts, loras: Iterable[Lora]) -> None:
-    """Add what the files hold to the denoisers; to the same bits in whichever order they are given.
+    """Add what the files hold to the denoisers that are in `parts`; to the same bits in whichever order they are given.
 
     Raises:
         BadInput: a file that does not fit, or a sum beyond the range of the weights' precision.
     """
-    weights = {expert: dict(parts[expert].named_parameters()) for expert in parts.checkpoint.experts}
-    needed = {expert: _shapes(parts[expert]) for expert in weights}
+    here = [expert for expert in parts.checkpoint.experts if expert in parts]
+    weights = {expert: dict(parts[expert].named_parameters()) for expert in here}
+    if not weights or not (loras := tuple(loras)):
+        return
+    together = len(weights) == len(parts.checkpoint.experts)
+    # a file names parameters of all denoisers, here or not
+    needed = {expert: _shapes(parts[expert]) for expert in weights} if together else shapes(parts.checkpoint)
     terms: dict[tuple[str, str], list[tuple[Any, Change, float]]] = {}
     with ExitStack() as files:
         for lora in sorted(loras, key=lambda lora: (lora.sha256 or "", lora.scale, lora.expert or "")):
             stream = files.enter_context(opened(lora))
             _digest(lora)
             for change in place(lora, parts.checkpoint, needed):
+                if change.expert not in weights:
+                    continue
                 terms.setdefault((change.expert, change.parameter), []).append((stream, change, lora.scale))
         for (expert, name), added in terms.items():
             weight = weights[expert][name]

@@ -113,26 +113,37 @@ class Family(Protocol):
 
 
 def load_parts(
-    checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype, device: torch.device, on_host: bool = False
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_host: bool = False,
+    on_read: Callable[[Parts], None] = lambda model: None,
 ) -> Parts:
     """Read every component of a folder. Safetensors only, local files only, no remote code.
 
     Args:
         device: where they will compute.
         on_host: whether the weights go to the host, for a pass that moves them.
+        on_read: hears of every model as soon as it is read, alone, and on the host still.
     """
     components = {}
     there = torch.device("cpu") if on_host else device
     for row in checkpoint.components:
         with _translated(folder / row.name, row):
-            components[row.name] = _load(checkpoint, row, folder / row.name, dtype, there)
+            component = _load(checkpoint, row, folder / row.name, dtype)
+        if row.params:
+            on_read(Parts(checkpoint, {row.name: component}, device))
+            component = component.to(there)
+        components[row.name] = component
     return Parts(checkpoint, components, device)
 
 
-def _load(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def _load(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> Any:
     if not row.params:
         return _class(row).from_pretrained(folder, local_files_only=True)
-    return _load_model(checkpoint, row, folder, torch.float32 if row.keep_fp32 else dtype).to(device).eval()
+    return _load_model(checkpoint, row, folder, torch.float32 if row.keep_fp32 else dtype).eval()
 
 
 @contextmanager

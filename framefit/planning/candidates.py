@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from framefit.families import Checkpoint
-from framefit.plan import TIERS, Guidance, Offload, Plan, Setting, Tier
+from framefit.plan import TIERS, Guidance, Offload, Plan, Quantize, Setting, Tier
 from framefit.planning import moved
 from framefit.planning.phase import PhaseTrace
 
@@ -34,7 +34,10 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("together", "apart") if checkpoint.batched_guidance else ("apart",)
 
 
-CANDIDATES: tuple[Candidates, ...] = (Candidates(Guidance, _guidance),)
+CANDIDATES: tuple[Candidates, ...] = (
+    Candidates(Guidance, _guidance),
+    Candidates(Quantize, lambda checkpoint: ("none", "int8"), moves_weights=True),
+)
 
 
 def usual(plan: Plan, checkpoint: Checkpoint, *, keep_asked: bool = True) -> Plan:

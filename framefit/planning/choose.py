@@ -13,7 +13,8 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import ASKED, SETTINGS, Estimate, Guidance, Offload, Plan, Setting
+from framefit.plan import Estimate, Guidance, Offload, Plan, Quantize, Setting
+from framefit.planning.asked import asked
 from framefit.request import Request, ResolvedRequest
 
 __all__ = ["choose", "component_bytes"]
@@ -38,7 +39,7 @@ def choose(
         photo_size: (width, height) of the upright photo, in pixels.
         photos: SHA-256 of the photo files, kept in the plan.
         preset: one of the checkpoint's presets; explicit fields of the request win over it.
-        settings: explicit settings by type, e.g. {"guidance": "apart"}.
+        settings: explicit settings by type, e.g. {"guidance": "apart"}, or aliases of `planning.asked`.
         precision: explicit precision of the weights.
 
     Raises:
@@ -70,7 +71,7 @@ def choose(
         request=resolved,
         device=device,
         precision=precision,
-        settings=_settings(checkpoint, dict(settings or {})),
+        settings=_settings(checkpoint, asked(settings or {})),
         estimate=Estimate(
             weights_bytes=sum(component_bytes(checkpoint, precision).values()), free_bytes=device.budget_bytes
         ),
@@ -181,18 +182,14 @@ def _precision(wanted: str | None, device: Device, reasons: dict[str, str]) -> s
     return "fp16"
 
 
-def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting, ...]:
-    if unknown := [name for name in explicit if name not in SETTINGS]:
-        raise UsageError(f"setting '{unknown[0]}' is unknown: the settings are {', '.join(SETTINGS)}.")
+def _settings(checkpoint: Checkpoint, explicit: Mapping[str, Setting]) -> tuple[Setting, ...]:
     together = "together" if checkpoint.batched_guidance else "apart"
     usual = (
         Guidance(value=together, because="as the reference pipeline runs them"),
+        Quantize(value="none", because="8 bits would round the weights"),
         Offload(value="none", because="weights on the device are the fastest"),
     )
-    return tuple(
-        type(setting)(value=explicit[setting.type], because=ASKED) if setting.type in explicit else setting
-        for setting in usual
-    )
+    return tuple(explicit.get(setting.type, setting) for setting in usual)
 
 
 def component_bytes(checkpoint: Checkpoint, precision: str) -> dict[str, int]:

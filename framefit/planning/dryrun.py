@@ -27,12 +27,12 @@ from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
 from framefit.ledger.counts import Counts, Tally, count
-from framefit.ledger.live import Live, Peak, block_bytes
+from framefit.ledger.live import Live, Peak
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.plan import Offload, Plan
 from framefit.planning.phase import Given, PhaseTrace
-from framefit.planning.placed import Cut, Placed, cut, placed, watch
+from framefit.planning.placed import Cut, Placed, cut, kept, placed, watch
 from framefit.planning.traces import STAGES
 from framefit.testing import random_parts
 
@@ -60,8 +60,9 @@ def trace(plan: Plan, checkpoint: Checkpoint, known: Mapping[str, Given] | None 
     # a pass expects whatever its setting touches
     stages = {stage for stage in STAGES if stage not in known or any(s.touches(stage) for s in settings)}
     models = {name for stage in stages for name in _models(stage, checkpoint)}
-    parts, weights, standing = _fake(checkpoint, PRECISIONS[plan.precision], models, whole)
+    parts, standing = _fake(checkpoint, PRECISIONS[plan.precision], models, whole)
     parts = apply_all(parts, replace(plan, settings=settings))
+    weights = kept(parts, standing)
     return followed(parts, plan, weights, standing, cut(parts, weights, standing), known)
 
 
@@ -198,16 +199,14 @@ class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _fake(
     checkpoint: Checkpoint, dtype: torch.dtype, models: Collection[str] | None = None, whole: Sequence[str] = ()
-) -> tuple[Parts, dict[str, int], dict[nn.Module, int]]:
-    """Fake parts, the bytes of the weights of each, and for which blocks one stands for how many; `whole` have all."""
+) -> tuple[Parts, dict[nn.Module, int]]:
+    """Fake parts, and for which blocks one stands for how many; `whole` have all."""
     parts = random_parts(checkpoint, dtype=dtype, device=torch.device("meta"), models=models)
-    weights: dict[str, int] = {}
     standing: dict[nn.Module, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, part in parts.components.items():
             if not isinstance(part, nn.Module):
                 continue
-            weights[name] = sum(block_bytes(t.nbytes) for t in weights_of(part))
             # nothing is left by layer
             if name not in whole and (name in checkpoint.experts or "T5Encoder" in checkpoint[name].class_name):
                 standing |= _shortened(part)
@@ -215,7 +214,7 @@ def _fake(
             if checkpoint[name].package == "transformers":
                 cast(Any, part).tie_weights()
     parts.device = torch.device("cpu")
-    return parts, weights, standing
+    return parts, standing
 
 
 def _fakeness(parts: Parts) -> AbstractContextManager[object]:

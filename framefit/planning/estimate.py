@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, repeat
 
 from framefit import rates
 from framefit.errors import DoesNotFit, UsageError
@@ -56,11 +57,15 @@ def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
 def with_phases(plan: Plan, checkpoint: Checkpoint, traces: Sequence[PhaseTrace]) -> Plan:
     """`plan` with the estimate that follows from `traces`."""
     known = rates.of(plan.device)
+    sizes = component_bytes(checkpoint, plan.precision)
+    kept = dict(sizes)
+    if plan.quantize != "none":
+        kept |= {name: pieces.bytes for trace in traces for name, pieces in trace.pieces.items()}
     phases = tuple(_phase(trace, plan, checkpoint, known) for trace in traces)
     return replace(
         plan, estimate=Estimate(
-            weights_bytes=plan.estimate.weights_bytes, free_bytes=plan.estimate.free_bytes,
-            phases=(_load(plan, checkpoint), *phases), origin=_origin(known),
+            weights_bytes=sum(kept.values()), free_bytes=plan.estimate.free_bytes,
+            phases=(_load(plan, sizes, kept), *phases), origin=_origin(known),
         ),
     )  # fmt: skip
 
@@ -161,13 +166,13 @@ def _beside(work: Mapping[str, float], bytes: int, offload: str, known: Rates) -
     return sum(work.values()) - hides + max(hides, copy) + bytes / known.memory_gb_per_s / 1e9
 
 
-def _load(plan: Plan, checkpoint: Checkpoint) -> PhaseEstimate:
-    """Every component is read to the host whole, and then moved, unless it stays there."""
-    sizes = component_bytes(checkpoint, plan.precision)
-    held = {f"weights of the {name}": size for name, size in sorted(sizes.items(), key=lambda each: -each[1])}
+def _load(plan: Plan, sizes: Mapping[str, int], kept: Mapping[str, int]) -> PhaseEstimate:
+    """Every component is read to the host whole, shrunk to what is kept of it, and moved unless it stays there."""
+    held = {f"weights of the {name}": size for name, size in sorted(kept.items(), key=lambda each: -each[1])}
     stays = plan.device.id == "cpu" or plan.offload != "none"
-    on_card = 0 if stays else sum(sizes.values())
-    host = sum(sizes.values()) if stays else max(sizes.values())
+    on_card = 0 if stays else sum(kept.values())
+    before = accumulate((kept[name] for name in sizes), initial=0) if stays else repeat(0)
+    host = max(read + there for read, there in zip(sizes.values(), before, strict=False))
     return PhaseEstimate(
         name="load", seconds=None, peak_vram_bytes=on_card, host_bytes=host, disk_bytes=0, held=held
     )  # fmt: skip

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from framefit.families.parts import Parts
+from framefit.ledger.live import block_bytes
 from framefit.ledger.transfer import NoTransfer
 from framefit.passes import offload
 from framefit.passes.offload import Component, Offloaded
 from framefit.plan import Offload
 from framefit.planning.phase import Pieces
 
-__all__ = ["Cut", "Placed", "cut", "placed", "watch"]
+__all__ = ["Cut", "Placed", "cut", "kept", "placed", "watch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +96,23 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
     host = sum(weights.values())
     unpinned = sum(component.embeddings_bytes for component in found.components.values())
     return Placed(device_bytes=device, host_bytes=host, pinned_bytes=host - unpinned, onload_bytes=onload)
+
+
+def kept(parts: Parts, standing: Mapping[nn.Module, int]) -> dict[str, int]:
+    """Component -> bytes of its weights as the passes leave them; `standing` as above."""
+    found = {}
+    for name, part in parts.components.items():
+        if isinstance(part, nn.Module):
+            times = _times(part, standing)
+            # a tensor that several modules share counts once
+            held = {id(tensor): (tensor, times[module]) for module in times for tensor in _own(module)}
+            found[name] = sum(n * block_bytes(tensor.nbytes) for tensor, n in held.values())
+    return found
+
+
+def _own(module: nn.Module) -> list[torch.Tensor]:
+    """Its parameters and buffers without those of its children."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _times(model: nn.Module, standing: Mapping[nn.Module, int]) -> dict[nn.Module, int]:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from framefit import photo, tuned
 from framefit.device import Device
 from framefit.families import Checkpoint, find
-from framefit.plan import Plan
+from framefit.plan import Plan, Setting
+from framefit.planning.asked import asked
 from framefit.planning.choose import choose
 from framefit.request import Lora, Request
 
@@ -59,7 +60,7 @@ def prepare(
         settings=settings,
         precision=precision,
     )
-    return checkpoint, _tuned(plan, settings) if use_tuned else plan
+    return checkpoint, _tuned(plan, asked(settings)) if use_tuned else plan
 
 
 def _of_preset(checkpoint: Checkpoint, preset: str | None) -> tuple[Lora, ...]:
@@ -68,7 +69,7 @@ def _of_preset(checkpoint: Checkpoint, preset: str | None) -> tuple[Lora, ...]:
     return tuple(Lora(file=checkpoint.folder / name) for name in names if checkpoint.folder)
 
 
-def _tuned(plan: Plan, explicit: Mapping[str, str]) -> Plan:
+def _tuned(plan: Plan, explicit: Mapping[str, Setting]) -> Plan:
     """With the settings that a search has filed for this device in place of those that nobody asked for."""
     if (found := tuned.find(plan)) is None:
         return plan
