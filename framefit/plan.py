@@ -14,7 +14,7 @@ from framefit.device import Device
 from framefit.errors import UsageError
 from framefit.request import ResolvedRequest
 
-__all__ = ["SETTINGS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
+__all__ = ["SETTINGS", "Chunk", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
 
 S = TypeVar("S", bound="Setting")
 
@@ -94,7 +94,30 @@ class Offload(Setting):
         return int(self.value.partition(":")[2] or 0)
 
 
-SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Offload)}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk(Setting):
+    """How much of a denoiser's forward is computed at once: all of it, or some rows after the others.
+
+    A row is a token, or of I2VGen-XL's UNet a pixel of a frame on its first level. The maths is the same.
+    """
+
+    type = "chunk"
+    title = "rows at once"
+    values = ("none", "rows")
+    more = "rows:N"
+
+    @classmethod
+    def accepts(cls, value: str) -> bool:
+        kind, colon, rows = value.partition(":")
+        return value in cls.values or (kind == "rows" and bool(colon) and rows.isdecimal() and int(rows) > 0)
+
+    @property
+    def rows(self) -> int | None:
+        """At once; None: as many as fill the card's kernels."""
+        return int(self.value.partition(":")[2] or 0) or None
+
+
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Chunk, Offload)}
 """Every type of setting: the vocabulary of a plan."""
 
 

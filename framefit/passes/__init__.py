@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from framefit.families.parts import Parts
-from framefit.passes import guidance, offload
-from framefit.plan import Guidance, Offload, Plan, Setting
+from framefit.passes import chunk, guidance, offload
+from framefit.plan import Chunk, Guidance, Offload, Plan, Setting
 
 __all__ = ["ORDER", "apply_all"]
 
 ORDER: tuple[tuple[type[Setting], Any], ...] = (
+    (Chunk, chunk),  # first: it restates how modules call what is in them, and others may wrap either
     (Guidance, guidance),  # touches no module: it only says how the loop calls them
     (Offload, offload),  # last: it packs the weights as all others leave them
 )

@@ -13,7 +13,7 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import SETTINGS, Estimate, Guidance, Offload, Plan, Setting
+from framefit.plan import SETTINGS, Chunk, Estimate, Guidance, Offload, Plan, Setting
 from framefit.request import Request, ResolvedRequest
 
 __all__ = ["choose", "component_bytes"]
@@ -185,6 +185,7 @@ def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting
     together = "together" if checkpoint.batched_guidance else "apart"
     usual = (
         Guidance(value=together, because="as the reference pipeline runs them"),
+        Chunk(value="none", because="whole forwards are the fastest"),
         Offload(value="none", because="weights on the device are the fastest"),
     )
     return tuple(
