@@ -15,7 +15,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 from torch.nn import functional
 
-from framefit.passes.rows import Chunked, Tokens, pieces
+from framefit.passes.rows import Chunked, Tokens, each
 
 __all__ = ["hooks", "width"]
 
@@ -37,19 +37,17 @@ class Block(Chunked):
         x = hidden_states.contiguous()  # the first block's is a transposed picture
         text = encoder_hidden_states.clone()
         before = text.shape[1]
-        parts = [_Part(_text_side(block), text, None, slice(before))]
-        for rows in pieces(x.shape[1], self.elements // (x.shape[0] * x.shape[2])):
+        words = _Part(_text_side(block), text, None, slice(before))
+
+        def part(rows: slice) -> _Part:
             rotation = None if image_rotary_emb is None else tuple(table[rows] for table in image_rotary_emb)
-            parts.append(
-                _Part(_video_side(block), x[:, rows], rotation, slice(before + rows.start, before + rows.stop))
-            )
-        keys, values = _keys(block, parts, x.new_empty(2, len(x), before + x.shape[1], x.shape[2]), temb)
-        for part in parts:  # views: what is added to them is in x and in the text
-            normed, gate = part.normed(block.norm1, temb)
-            part.rows += gate * _attended(part, part.heads(part.side.q, normed), keys, values)
-            normed, gate = part.normed(block.norm2, temb)
-            out = part.side.ff(normed)
-            part.rows += gate * (out if block.norm3 is None else block.norm3(out))
+            return _Part(_video_side(block), x[:, rows], rotation, slice(before + rows.start, before + rows.stop))
+
+        room = x.new_empty(2, len(x), before + x.shape[1], block.attn1.heads, x.shape[2] // block.attn1.heads)
+        words.keys(block, temb, room)
+        each(self.tokens(x), lambda rows: part(rows).keys(block, temb, room))
+        words.go(block, temb, room)
+        each(self.tokens(x), lambda rows: part(rows).go(block, temb, room))
         return x, text
 
 
@@ -90,19 +88,40 @@ class _Part:
     at: slice
     """Where they are among all keys."""
 
-    def normed(self, norm: nn.Module, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys(self, block: Any, temb: torch.Tensor, room: torch.Tensor) -> None:
+        """Put their keys and values among all, (2, B, T + S, heads, width)."""
+        normed, _ = self._normed(block.norm1, temb)
+        room[0, :, self.at] = self._heads(self.side.k, normed)
+        room[1, :, self.at] = self.side.v(normed).unflatten(2, (self.side.heads, -1))
+
+    def go(self, block: Any, temb: torch.Tensor, room: torch.Tensor) -> None:
+        """Through the block, in their own memory."""
+        normed, gate = self._normed(block.norm1, temb)
+        self.rows += gate * self._attended(self._heads(self.side.q, normed), *room)
+        normed, gate = self._normed(block.norm2, temb)
+        out = self.side.ff(normed)
+        self.rows += gate * (out if block.norm3 is None else block.norm3(out))
+
+    def _normed(self, norm: nn.Module, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised and modulated; and their gate (B, 1, C)."""
         none = self.rows[:, :0]
-        given = (self.rows, none) if self.side.index == 0 else (none, self.rows)
-        told = norm(*given, temb)
+        told = norm(*((self.rows, none) if self.side.index == 0 else (none, self.rows)), temb)
         return told[self.side.index], told[self.side.index + 2].unsqueeze(1)
 
-    def heads(self, layers: Sequence[Any], normed: torch.Tensor) -> torch.Tensor:
+    def _heads(self, layers: Sequence[Any], normed: torch.Tensor) -> torch.Tensor:
         """Queries or keys, (B, rows, heads, width)."""
         project, norm = layers
         heads: torch.Tensor = project(normed).unflatten(2, (self.side.heads, -1))
         heads = heads if norm is None else norm(heads)
         return heads if self.rotation is None else apply_rotary_emb(heads, self.rotation, sequence_dim=1)
+
+    def _attended(self, *heads: torch.Tensor) -> torch.Tensor:
+        """What queries find in keys and values, (B, rows, C)."""
+        found = functional.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in heads))
+        found = found.transpose(1, 2).flatten(2, 3).to(heads[0].dtype)
+        for module in self.side.out:
+            found = module(found)
+        return found
 
 
 def _video_side(block: Any) -> _Side:
@@ -123,22 +142,3 @@ def _text_side(block: Any) -> _Side:
         index=1, heads=attn.heads, q=(attn.add_q_proj, attn.norm_added_q), k=(attn.add_k_proj, attn.norm_added_k),
         v=attn.add_v_proj, out=out, ff=ff,
     )  # fmt: skip
-
-
-def _keys(block: Any, parts: Sequence[_Part], room: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-    """Keys and values of all tokens in `room` (2, B, T + S, C), as (2, B, heads, T + S, width)."""
-    room = room.unflatten(3, (block.attn1.heads, -1))
-    for part in parts:
-        normed, _ = part.normed(block.norm1, temb)
-        room[0, :, part.at] = part.heads(part.side.k, normed)
-        room[1, :, part.at] = part.side.v(normed).unflatten(2, (part.side.heads, -1))
-    return room.transpose(2, 3)
-
-
-def _attended(part: _Part, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """What the queries find in all tokens, (B, rows, C)."""
-    found = functional.scaled_dot_product_attention(queries.transpose(1, 2), keys, values)
-    found = found.transpose(1, 2).flatten(2, 3).to(queries.dtype)
-    for module in part.side.out:
-        found = module(found)
-    return found

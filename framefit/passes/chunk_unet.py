@@ -1,8 +1,8 @@
 """I2VGen-XL's UNet in chunks: what works within a frame over frames, what works along time over lines of pixels.
 
 Where a group norm is over all frames its statistics come first, frame by frame, and are then joined. Restates
-`TemporalConvLayer` and `TransformerTemporalModel` of diffusers 0.42.1 over their own children; the others are diffusers'
-own forwards on fewer frames. What stays whole are the skip connections.
+`TemporalConvLayer` and `TransformerTemporalModel` of diffusers 0.42.1 over their own children; of the others the own
+forward is called with fewer frames. What stays whole are the skip connections.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModelOutput
 from torch import nn
 
-from framefit.passes.rows import Chunked, Frames, pieces
+from framefit.passes.rows import Chunked, Frames, each, pieces
 
 __all__ = ["hooks", "width"]
 
@@ -34,11 +34,14 @@ class TemporalConvolution(Chunked):
         for stage in (layer.conv1, layer.conv2, layer.conv3, layer.conv4):
             norm, *rest = stage
             statistics = _statistics(norm, before, self.elements)
-            for lines in _lines(x, x.shape[2], self.elements):
+
+            def compute(lines: slice, before: Any = before, statistics: Any = statistics, rest: Any = rest) -> None:
                 part = _normed(before[..., lines, :], statistics).transpose(1, 2)
                 for module in rest:
                     part = module(part)
                 after[..., lines, :] = part.transpose(1, 2)  # over what it came from: no other pixel is read
+
+            each(_lines(x, x.shape[2], self.elements), compute)
             before = after
         return after.add_(x).flatten(0, 1)
 
@@ -57,7 +60,8 @@ class TemporalTransformer(Chunked):
         x = hidden_states.unflatten(0, (-1, num_frames))
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         statistics = _statistics(model.norm, x, self.elements)
-        for lines in _lines(x, max(model.proj_in.weight.shape), self.elements):
+
+        def compute(lines: slice) -> None:
             part = x[..., lines, :]
             pixels = _normed(part, statistics).permute(0, 3, 4, 1, 2)
             rows = model.proj_in(pixels.flatten(0, 2))
@@ -65,6 +69,8 @@ class TemporalTransformer(Chunked):
                 rows = block(rows, cross_attention_kwargs=cross_attention_kwargs)
             rows = model.proj_out(rows).unflatten(0, pixels.shape[:3])
             out[..., lines, :] = rows.permute(0, 3, 4, 1, 2) + part
+
+        each(_lines(x, max(model.proj_in.weight.shape), self.elements), compute)
         out = out.flatten(0, 1)
         return TransformerTemporalModelOutput(sample=out) if return_dict else (out,)
 
@@ -98,11 +104,13 @@ def _statistics(norm: nn.GroupNorm, x: torch.Tensor, elements: int) -> tuple[tor
 
     The variance of all is the frames' own in the mean, and that of their means (they are equally large).
     """
-    found = []
-    for frames in pieces(x.shape[1], elements * x.shape[1] // x.numel()):
+    variances, means = (x.new_empty(*x.shape[:2], norm.num_groups, dtype=torch.float32) for _ in range(2))
+
+    def compute(frames: slice) -> None:
         groups = x[:, frames].float().unflatten(2, (norm.num_groups, -1)).flatten(3)
-        found.append(torch.var_mean(groups, dim=3, correction=0))
-    variances, means = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+        variances[:, frames], means[:, frames] = torch.var_mean(groups, dim=3, correction=0)
+
+    each(pieces(x.shape[1], elements * x.shape[1] // x.numel()), compute)
     variance, mean = variances.mean(1) + means.var(1, correction=0), means.mean(1)
     by_channel = x.shape[2] // norm.num_groups
     scale = (variance + norm.eps).rsqrt().repeat_interleave(by_channel, 1) * norm.weight.float()

@@ -1,12 +1,13 @@
-"""Wan's transformer in chunks of tokens: one pass for keys and values, and one for all that a token does by itself.
+"""Wan's transformer in chunks of tokens: one pass for keys and values, one for all that a token does by itself.
 
-Restates `WanTransformerBlock` and `WanTransformer3DModel` of diffusers 0.42.1 over their own children, in their order of
-casts. A block overwrites the hidden states it is given: at 720p a second copy would be 0.7 GiB.
+Restates `WanTransformerBlock` and `WanTransformer3DModel` of diffusers 0.42.1 over their own children, with their
+casts. A block overwrites the hidden states that it is given: at 720p a second copy would be 0.7 GiB.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn import functional
 
-from framefit.passes.rows import Chunked, pieces
+from framefit.passes.rows import Chunked, each
 
 __all__ = ["hooks", "width"]
 
@@ -38,18 +39,20 @@ class Block(Chunked):
         rotary_emb: Rotation,
     ) -> torch.Tensor:
         x, clock = hidden_states, temb if temb.ndim == 4 else temb.unsqueeze(1)
-        chunks = pieces(x.shape[1], self.elements // (x.shape[0] * x.shape[2]))
-        around = _keys(block, x, clock, rotary_emb, chunks)
+        around = _keys(block, x, clock, rotary_emb, self.tokens(x))
         context = _context(block.attn2, encoder_hidden_states)
-        for rows in chunks:
+
+        def compute(rows: slice) -> None:
             part = x[:, rows]  # a view: what is added to it is in x
             shift, scale, gate = _modulation(block, clock, rows, slice(0, 3))
-            queries = _rotated(block.attn1, "q", _modulated(block.norm1, part, shift, scale), rotary_emb, rows)
-            _add(part, _out(block.attn1, _attend(block.attn1, queries, [around])), gate)
+            normed = _modulated(block.norm1, part, shift, scale)
+            _add(part, _attended(block.attn1, _rotated(block.attn1, "q", normed, rotary_emb, rows), [around]), gate)
             normed = block.norm2(part.float()).type_as(part)
-            part += _out(block.attn2, _attend(block.attn2, _heads(block.attn2, "q", normed), context))
+            part += _attended(block.attn2, _heads(block.attn2, "q", normed), context)
             shift, scale, gate = _modulation(block, clock, rows, slice(3, 6))
             _add(part, block.ffn(_modulated(block.norm3, part, shift, scale)), gate)
+
+        each(self.tokens(x), compute)
         return x
 
 
@@ -81,11 +84,14 @@ class Model(Chunked):
     def _head(self, model: Any, x: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
         """(B, S, out channels x patch)"""
         clock = (clock if clock.ndim == 3 else clock.unsqueeze(1)).unsqueeze(2)
-        out = []
-        for rows in pieces(x.shape[1], self.elements // (x.shape[0] * x.shape[2])):
+        out = x.new_empty(*x.shape[:2], model.proj_out.out_features)
+
+        def compute(rows: slice) -> None:
             shift, scale = (model.scale_shift_table + _at(clock, rows)).unbind(2)
-            out.append(model.proj_out(_modulated(model.norm_out, x[:, rows], shift, scale)))
-        return torch.cat(out, dim=1)
+            out[:, rows] = model.proj_out(_modulated(model.norm_out, x[:, rows], shift, scale))
+
+        each(self.tokens(x), compute)
+        return out
 
 
 def width(model: Any) -> int:
@@ -105,11 +111,14 @@ def _keys(
     """Keys and values of all tokens, each (B, S, heads, width)."""
     attn = block.attn1
     keys, values = (x.new_empty(*x.shape[:2], attn.heads, attn.kv_inner_dim // attn.heads) for _ in range(2))
-    for rows in chunks:
+
+    def compute(rows: slice) -> None:
         shift, scale, _ = _modulation(block, clock, rows, slice(0, 3))
         normed = _modulated(block.norm1, x[:, rows], shift, scale)
         keys[:, rows] = _rotated(attn, "k", normed, rotation, rows)
         values[:, rows] = attn.to_v(normed).unflatten(2, (attn.heads, -1))
+
+    each(chunks, compute)
     return keys, values
 
 
@@ -125,20 +134,14 @@ def _context(attn: Any, context: torch.Tensor) -> list[tuple[torch.Tensor, torch
     ]
 
 
-def _attend(attn: Any, queries: torch.Tensor, to: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """(B, rows, C): the sum of what the queries find in each of `to`."""
+def _attended(attn: Any, queries: torch.Tensor, to: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """What the queries find in each of `to`, added and projected, (B, rows, C)."""
     backend = attn.processor._attention_backend
-    found = (
-        dispatch_attention_fn(queries, keys, values, backend=backend).flatten(2, 3).type_as(queries)
-        for keys, values in to
-    )
-    return sum(found, start=next(found))
-
-
-def _out(attn: Any, found: torch.Tensor) -> torch.Tensor:
+    found = (dispatch_attention_fn(queries, keys, values, backend=backend) for keys, values in to)
+    out = reduce(torch.add, (heads.flatten(2, 3).type_as(queries) for heads in found))
     for module in attn.to_out:
-        found = module(found)
-    return found
+        out = module(out)
+    return out
 
 
 def _heads(attn: Any, which: str, rows: torch.Tensor) -> torch.Tensor:

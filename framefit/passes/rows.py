@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -9,13 +11,30 @@ from diffusers.hooks import ModelHook
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Chunked", "Frames", "Tokens", "pieces"]
+__all__ = ["LOOP", "Chunked", "Frames", "Tokens", "each", "pieces"]
+
+Loop = Callable[[Sequence[slice], Callable[[slice], None]], None]
 
 
 def pieces(total: int, most: int) -> list[slice]:
-    """`total` rows as the fewest slices of at most `most` rows each; they differ by one row at most."""
+    """`total` rows as the fewest slices of at most `most` rows each, as long as each other but for the last."""
     count = max(1, -(-total // max(1, most)))
-    return [slice(total * i // count, total * (i + 1) // count) for i in range(count)]
+    length = -(-total // count)
+    return [slice(start, min(start + length, total)) for start in range(0, total, length)]
+
+
+def each(chunks: Sequence[slice], compute: Callable[[slice], None]) -> None:
+    """`compute` every chunk, in order, into memory that is there before."""
+    LOOP.get()(chunks, compute)
+
+
+def _all(chunks: Sequence[slice], compute: Callable[[slice], None]) -> None:
+    for rows in chunks:
+        compute(rows)
+
+
+LOOP: ContextVar[Loop] = ContextVar("LOOP", default=_all)
+"""How the chunks are gone through: a dry run need not see each of many equal ones."""
 
 
 class Chunked(ModelHook):  # type: ignore[misc]
@@ -26,6 +45,10 @@ class Chunked(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.elements = elements
 
+    def tokens(self, x: torch.Tensor) -> list[slice]:
+        """Of (B, tokens, width), on axis 1."""
+        return pieces(x.shape[1], self.elements // (x.shape[0] * x.shape[2]))
+
 
 class _Sliced(Chunked):
     """Calls a module on slices of its first argument, where it computes each row by itself anyway."""
@@ -35,18 +58,25 @@ class _Sliced(Chunked):
     """How many times as large as its input what it computes is."""
 
     def new_forward(self, module: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        forward, total, out = self.fn_ref.original_forward, x.shape[self.axis], None
+        forward, total = self.fn_ref.original_forward, x.shape[self.axis]
         chunks = pieces(total, self.elements * total // (x.numel() * self.grows))
         if len(chunks) == 1:
             return forward(x, *args, **kwargs)
-        for rows in chunks:
+        out: list[torch.Tensor] = []
+        alone = True
+
+        def compute(rows: slice) -> None:
+            nonlocal alone
             others, named = self._others((args, kwargs), rows)
-            result = forward(x.narrow(self.axis, rows.start, rows.stop - rows.start), *others, **named)
-            piece = result[0] if isinstance(result, tuple) else result
-            if out is None:
-                out = piece.new_empty(*piece.shape[: self.axis], total, *piece.shape[self.axis + 1 :])
-            out.narrow(self.axis, rows.start, rows.stop - rows.start).copy_(piece)
-        return (out,) if isinstance(result, tuple) else out
+            result = forward(_narrow(x, self.axis, rows), *others, **named)
+            alone = isinstance(result, torch.Tensor)
+            piece = result if alone else result[0]
+            if not out:
+                out.append(piece.new_empty(*piece.shape[: self.axis], total, *piece.shape[self.axis + 1 :]))
+            _narrow(out[0], self.axis, rows).copy_(piece)
+
+        each(chunks, compute)
+        return out[0] if alone else (out[0],)
 
     def _others(self, arguments: Any, rows: slice) -> Any:
         return arguments
@@ -65,3 +95,7 @@ class Tokens(_Sliced):
     """(B, tokens, width): every other tensor is of all of them."""
 
     axis = 1
+
+
+def _narrow(x: torch.Tensor, axis: int, rows: slice) -> torch.Tensor:
+    return x.narrow(axis, rows.start, rows.stop - rows.start)

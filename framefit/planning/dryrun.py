@@ -30,6 +30,7 @@ from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.plan import Offload, Plan
+from framefit.planning import chunks
 from framefit.planning.placed import Placed, placed, watch
 from framefit.planning.traces import PhaseTrace
 from framefit.testing import random_parts
@@ -71,6 +72,7 @@ def followed(
         stack.enter_context(_following(modules, standing, at_work, tally))
         watch(parts, lambda bytes: tally.move("host_to_device", bytes))
         stack.enter_context(_steady(parts["vae"], live, tally))
+        stack.enter_context(chunks.once(tally))
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
