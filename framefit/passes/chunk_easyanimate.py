@@ -117,7 +117,8 @@ class _Part:
 
     def _attended(self, *heads: torch.Tensor) -> torch.Tensor:
         """What queries find in keys and values, (B, rows, C)."""
-        found = functional.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in heads))
+        queries, keys, values = (tensor.transpose(1, 2) for tensor in heads)
+        found = functional.scaled_dot_product_attention(queries, keys, values)
         found = found.transpose(1, 2).flatten(2, 3).to(heads[0].dtype)
         for module in self.side.out:
             found = module(found)

@@ -29,7 +29,7 @@ class TemporalConvolution(Chunked):
     """Four convolutions along time, each after a norm over all frames: (B x F, C, H, W) -> the same shape."""
 
     def new_forward(self, layer: Any, hidden_states: torch.Tensor, num_frames: int = 1) -> torch.Tensor:
-        x = hidden_states.unflatten(0, (-1, num_frames))
+        x = hidden_states.reshape(-1, num_frames, *hidden_states.shape[1:])
         before, after = x, torch.empty_like(x, memory_format=torch.contiguous_format)
         for stage in (layer.conv1, layer.conv2, layer.conv3, layer.conv4):
             norm, *rest = stage
@@ -57,7 +57,7 @@ class TemporalTransformer(Chunked):
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        x = hidden_states.unflatten(0, (-1, num_frames))
+        x = hidden_states.reshape(-1, num_frames, *hidden_states.shape[1:])
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         statistics = _statistics(model.norm, x, self.elements)
 
@@ -107,7 +107,7 @@ def _statistics(norm: nn.GroupNorm, x: torch.Tensor, elements: int) -> tuple[tor
     variances, means = (x.new_empty(*x.shape[:2], norm.num_groups, dtype=torch.float32) for _ in range(2))
 
     def compute(frames: slice) -> None:
-        groups = x[:, frames].float().unflatten(2, (norm.num_groups, -1)).flatten(3)
+        groups = x[:, frames].float().reshape(len(x), frames.stop - frames.start, norm.num_groups, -1)
         variances[:, frames], means[:, frames] = torch.var_mean(groups, dim=3, correction=0)
 
     each(pieces(x.shape[1], elements * x.shape[1] // x.numel()), compute)

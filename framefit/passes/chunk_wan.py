@@ -138,7 +138,7 @@ def _attended(attn: Any, queries: torch.Tensor, to: Sequence[tuple[torch.Tensor,
     """What the queries find in each of `to`, added and projected, (B, rows, C)."""
     backend = attn.processor._attention_backend
     found = (dispatch_attention_fn(queries, keys, values, backend=backend) for keys, values in to)
-    out = reduce(torch.add, (heads.flatten(2, 3).type_as(queries) for heads in found))
+    out: torch.Tensor = reduce(torch.add, (heads.flatten(2, 3).type_as(queries) for heads in found))
     for module in attn.to_out:
         out = module(out)
     return out
@@ -164,7 +164,8 @@ def _rotated(attn: Any, which: str, x: torch.Tensor, rotation: Rotation, rows: s
 
 def _modulation(block: Any, clock: torch.Tensor, rows: slice, which: slice) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate in fp32, each (B, 1 or rows, C); of `clock` (B, 1 or S, 6, C)."""
-    return (block.scale_shift_table[:, which] + _at(clock, rows)[:, :, which].float()).unbind(2)
+    table: torch.Tensor = block.scale_shift_table[:, which]
+    return (table + _at(clock, rows)[:, :, which].float()).unbind(2)
 
 
 def _at(clock: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -188,5 +189,5 @@ def _add(part: torch.Tensor, out: torch.Tensor, gate: torch.Tensor) -> None:
 
 def _patches_to_video(x: torch.Tensor, grid: Sequence[int], patch: Sequence[int]) -> torch.Tensor:
     """(B, S, patch x C) -> (B, C, F, H, W)"""
-    x = x.unflatten(2, (*patch, -1)).unflatten(1, grid)
+    x = x.reshape(len(x), *grid, *patch, -1)
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
