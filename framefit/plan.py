@@ -117,7 +117,7 @@ class Chunk(Setting):
         return int(self.value.partition(":")[2] or 0) or None
 
 
-SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Chunk, Offload)}
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Offload, Chunk)}
 """Every type of setting: the vocabulary of a plan."""
 
 
