@@ -70,7 +70,7 @@ class TemporalTransformer(Chunked):
             rows = model.proj_out(rows).unflatten(0, pixels.shape[:3])
             out[..., lines, :] = rows.permute(0, 3, 4, 1, 2) + part
 
-        each(_lines(x, max(model.proj_in.weight.shape), self.elements), compute)
+        each(_lines(x, max(x.shape[2], model.num_attention_heads * model.attention_head_dim), self.elements), compute)
         out = out.flatten(0, 1)
         return TransformerTemporalModelOutput(sample=out) if return_dict else (out,)
 

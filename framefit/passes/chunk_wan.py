@@ -6,6 +6,7 @@ casts. A block overwrites the hidden states that it is given: at 720p a second c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any
@@ -84,7 +85,7 @@ class Model(Chunked):
     def _head(self, model: Any, x: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
         """(B, S, out channels x patch)"""
         clock = (clock if clock.ndim == 3 else clock.unsqueeze(1)).unsqueeze(2)
-        out = x.new_empty(*x.shape[:2], model.proj_out.out_features)
+        out = x.new_empty(*x.shape[:2], model.config.out_channels * math.prod(model.config.patch_size))
 
         def compute(rows: slice) -> None:
             shift, scale = (model.scale_shift_table + _at(clock, rows)).unbind(2)
