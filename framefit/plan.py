@@ -16,8 +16,8 @@ from framefit.errors import BadInput, UsageError
 from framefit.request import ResolvedRequest
 
 __all__ = [
-    "ASKED", "QUALITIES", "SETTINGS", "TIERS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Quantize",
-    "Setting", "Tier",
+    "ASKED", "QUALITIES", "SETTINGS", "TIERS", "Chunk", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan",
+    "Quantize", "Setting", "Tier",
 ]  # fmt: skip
 
 S = TypeVar("S", bound="Setting")
@@ -137,7 +137,31 @@ class Quantize(Setting):
         return "exact" if self.value == "none" else "near"
 
 
-SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Quantize, Guidance, Offload)}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk(Setting):
+    """How much of a denoiser's forward is computed at once: all of it, or some rows after the others.
+
+    A row is a token, or of I2VGen-XL's UNet a pixel of a frame on its first level. The maths is the same.
+    """
+
+    type = "chunk"
+    title = "rows at once"
+    values = ("none", "rows")
+    more = "rows:N"
+    phases = ("denoise",)
+
+    @classmethod
+    def accepts(cls, value: str) -> bool:
+        kind, colon, rows = value.partition(":")
+        return value in cls.values or (kind == "rows" and bool(colon) and rows.isdecimal() and int(rows) > 0)
+
+    @property
+    def rows(self) -> int | None:
+        """At once; None: as many as fill the card's kernels."""
+        return int(self.value.partition(":")[2] or 0) or None
+
+
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Quantize, Chunk, Guidance, Offload)}
 """Every type of setting: the vocabulary of a plan."""
 
 

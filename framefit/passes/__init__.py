@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from framefit.families.parts import Parts
-from framefit.passes import guidance, offload, quantize
-from framefit.plan import Guidance, Offload, Plan, Quantize, Setting
+from framefit.passes import chunk, guidance, offload, quantize
+from framefit.plan import Chunk, Guidance, Offload, Plan, Quantize, Setting
 
 __all__ = ["ORDER", "apply_all"]
 
 ORDER: tuple[tuple[type[Setting], Any], ...] = (
     (Quantize, quantize),  # first: what others rearrange or pack is what is kept
+    (Chunk, chunk),  # before what wraps modules: it restates how they call what is in them
     (Guidance, guidance),  # touches no module: it only says how the loop calls them
     (Offload, offload),  # last: it packs the weights as all others leave them
 )

@@ -24,6 +24,7 @@ from framefit.errors import UsageError
 from framefit.families.parts import TEXT_ENCODERS, Parts, weights
 from framefit.ledger.live import block_bytes
 from framefit.ledger.transfer import Room, Slab, Transfer, transfer_for
+from framefit.passes import chunk
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
 
@@ -185,13 +186,13 @@ class _OnHost(ModelHook):  # type: ignore[misc]
 
 
 def _rows(model: nn.Module) -> list[nn.ModuleList]:
-    """The outermost lists whose modules are all of one class: what a model repeats."""
+    """The outermost lists whose modules are all of one class: what a model repeats, and not in every chunk."""
 
     def search(module: nn.Module) -> Iterator[nn.ModuleList]:
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len({type(each) for each in child}) == 1 and weights(child):
                 yield child
-            else:
+            elif not chunk.chunked(child):
                 yield from search(child)
 
     return list(search(model))
@@ -202,7 +203,11 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _leaves(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if not any(module.children()) and weights(module)]
+    """The smallest modules with weights; what computes in chunks, and asks for its layers in each, comes as a whole."""
+    chunked = [module for module in model.modules() if module is not model and chunk.chunked(module)]
+    inside = {below for module in chunked for below in module.modules()}.difference(chunked)
+    leaves = (module for module in model.modules() if module in chunked or not any(module.children()))
+    return [module for module in leaves if module not in inside and weights(module)]
 
 
 def _token_tables(model: nn.Module) -> tuple[nn.Embedding, ...]:

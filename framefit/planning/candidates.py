@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from framefit.families import Checkpoint
-from framefit.plan import TIERS, Guidance, Offload, Plan, Quantize, Setting, Tier
+from framefit.plan import TIERS, Chunk, Guidance, Offload, Plan, Quantize, Setting, Tier
 from framefit.planning import moved
 from framefit.planning.phase import PhaseTrace
 
@@ -36,6 +36,7 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 CANDIDATES: tuple[Candidates, ...] = (
     Candidates(Guidance, _guidance),
+    Candidates(Chunk, lambda checkpoint: ("none", "rows")),
     Candidates(Quantize, lambda checkpoint: ("none", "int8"), moves_weights=True),
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import Estimate, Guidance, Offload, Plan, Quantize, Setting
+from framefit.plan import Chunk, Estimate, Guidance, Offload, Plan, Quantize, Setting
 from framefit.planning.asked import asked
 from framefit.request import Request, ResolvedRequest
 
@@ -187,6 +187,7 @@ def _settings(checkpoint: Checkpoint, explicit: Mapping[str, Setting]) -> tuple[
     usual = (
         Guidance(value=together, because="as the reference pipeline runs them"),
         Quantize(value="none", because="8 bits would round the weights"),
+        Chunk(value="none", because="whole forwards are the fastest"),
         Offload(value="none", because="weights on the device are the fastest"),
     )
     return tuple(explicit.get(setting.type, setting) for setting in usual)

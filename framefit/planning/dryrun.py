@@ -31,6 +31,7 @@ from framefit.ledger.live import Live, Peak
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.plan import Offload, Plan
+from framefit.planning import chunks
 from framefit.planning.phase import Given, PhaseTrace
 from framefit.planning.placed import Cut, Placed, cut, kept, placed, watch
 from framefit.planning.traces import STAGES
@@ -96,6 +97,7 @@ def followed(
         watch(parts, lambda bytes: tally.move("host_to_device", bytes))
         if "vae" in parts:
             stack.enter_context(_steady(parts["vae"], live, tally))
+        stack.enter_context(chunks.once(tally))
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]

@@ -83,13 +83,13 @@ def beside(model: torch.nn.Module, untouched: torch.nn.Module, name: str) -> Ite
     """While the block runs, each layer's name -> the most that it adds in a call, relative L2."""
     added: dict[str, float] = {}
     theirs = dict(untouched.named_modules())
-    handles = [
-        module.register_forward_hook(
-            partial(_compare, added, f"{name}.{path}" if path else name, theirs[path]), with_kwargs=True
-        )
-        for path, module in model.named_modules()
-        if path in theirs
-    ]
+    handles = []
+    for path, module in model.named_modules():
+        if path in theirs:
+            given: list[Any] = []
+            compare = partial(_compare, added, f"{name}.{path}" if path else name, theirs[path], given)
+            handles.append(module.register_forward_pre_hook(partial(_keep, given), with_kwargs=True))
+            handles.append(module.register_forward_hook(compare))
     try:
         yield added
     finally:
@@ -108,10 +108,16 @@ def ranked(name: str, added: dict[str, float]) -> Iterator[Loss]:
             )  # fmt: skip
 
 
+def _keep(given: list[Any], module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    """A layer may overwrite what it is given."""
+    given.append(tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, (args, kwargs)))
+
+
 def _compare(
-    added: dict[str, float], name: str, untouched: torch.nn.Module, module: torch.nn.Module, args: Any, kwargs: Any,
+    added: dict[str, float], name: str, untouched: torch.nn.Module, given: list[Any], module: torch.nn.Module, _: Any,
     output: Any,
 ) -> None:  # fmt: skip
+    args, kwargs = given.pop()
     if (ours := _tensor(output)) is None:
         return
     cast = partial(_cast, ours=_dtype(module), theirs=_dtype(untouched))
