@@ -72,7 +72,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def _largest(checkpoint: Checkpoint, device: Device, tier: Tier) -> Plan | None:
-    """Of the sizes that the model's authors and presets name, at their lengths, the one with most pixels that fits."""
+    """Of the sizes and lengths of the model's presets, the one with most pixels that fits."""
     for width, height, num_frames in _works(checkpoint):
         request = Request(
             image=Path("photo.jpg"), prompt="-", model=checkpoint.id, width=width, height=height,
@@ -85,9 +85,8 @@ def _largest(checkpoint: Checkpoint, device: Device, tier: Tier) -> Plan | None:
 
 
 def _works(checkpoint: Checkpoint) -> list[tuple[int, int, int]]:
-    named = {(*size, checkpoint.frames.default) for size in (checkpoint.sizes.default, *checkpoint.sizes.named)}
+    named = set()
     for fields in checkpoint.presets.values():
         size = (fields["width"], fields["height"]) if fields.get("width") else checkpoint.sizes.default
         named.add((*size, fields.get("num_frames", checkpoint.frames.default)))
-    wide = {work for work in named if work[0] >= work[1]}
-    return sorted(wide, key=lambda work: (-work[0] * work[1] * work[2], work))
+    return sorted(named, key=lambda work: (-work[0] * work[1] * work[2], work))
