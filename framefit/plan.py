@@ -14,9 +14,12 @@ from framefit.device import Device
 from framefit.errors import UsageError
 from framefit.request import ResolvedRequest
 
-__all__ = ["SETTINGS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
+__all__ = ["ASKED", "SETTINGS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
 
 S = TypeVar("S", bound="Setting")
+
+ASKED = "asked for"
+"""Why a setting is as it is, where the user said so: nothing else moves it."""
 
 Tier = Literal["exact", "near", "lossy"]
 """exact: the same maths reordered; near: a bounded numeric error; lossy: another computation."""
@@ -42,6 +45,11 @@ class Setting:
         if not self.accepts(self.value):
             possible = " or ".join(f"{self.type}={value}" for value in self.possible())
             raise UsageError(f"{self.type}={self.value} is unknown: use {possible}.")
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the user said so."""
+        return self.because == ASKED
 
     @classmethod
     def accepts(cls, value: str) -> bool:

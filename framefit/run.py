@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from framefit import photo, planning, recipe, video
 from framefit.checkpoint import RunFolder, State, Writer, default_root
 from framefit.device import Device
-from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, DoesNotFit, FramefitError, UsageError
+from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, FramefitError, UsageError
 from framefit.families import Checkpoint, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger, StepLog
+from framefit.ledger.shortage import Shortage
 from framefit.pipeline import Step, load
 from framefit.plan import Plan
 from framefit.planning import check_fits, estimated
+from framefit.planning.ladder import exhausted
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
@@ -177,7 +177,7 @@ def _execute(
     crf = options.crf if options.crf is not None else run.crf if run else DEFAULT_CRF
     try:
         with plan.device.capped(), _finishing(writer):
-            pipeline = load(plan, checkpoint, ledger)
+            pipeline = load(plan, checkpoint, ledger, rungs=state.rungs if state else ())
             frames = pipeline.run(
                 state=state, on_step=_listening(plan, options), save=writer, cancelled=options.cancelled
             )
@@ -185,7 +185,7 @@ def _execute(
                 writer.wait()
             with ledger.phase("write"):
                 recipe.remember(checkpoint, plan, weights)
-                parameters = recipe.parameters(checkpoint, plan, weights, crf)
+                parameters = recipe.parameters(checkpoint, pipeline.plan, weights, crf)
                 video.write(frames, output, parameters=parameters, crf=crf, overwrite=options.overwrite)
     except FramefitError as error:
         raise _resumable(error, run) from None
@@ -204,6 +204,7 @@ def _execute(
             PhaseReport(name=p.name, seconds=round(p.seconds, 4), peak_bytes=p.peak_bytes) for p in ledger.close()
         ),
         notices=tuple(ledger.notices),
+        rungs=pipeline.rungs,
     )
 
 
@@ -250,6 +251,9 @@ def _finishing(writer: Writer | None) -> Iterator[None]:
             except FramefitError as another:
                 error.add_note(str(another))
         raise
+    if writer:
+        with contextlib.suppress(FramefitError):  # the video is there: nobody goes on from a state
+            writer.wait()
 
 
 def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:
@@ -267,22 +271,12 @@ def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:
 
 def translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
     """What a library raised, as one of ours."""
-    request, phase = plan.request, ledger.last or "load"
-    # torch raises a plain RuntimeError where the CPU's allocator fails
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return DoesNotFit(
-            f"{_memory(plan)} in the phase {phase} at {request.width}x{request.height}, "
-            f"{request.num_frames} frames: ask for a smaller --size or fewer --frames."
-        )
+    phase = ledger.last or "load"
+    if shortage := Shortage.told(error, plan.device.id):
+        return exhausted(plan, (), phase, shortage)
     logging.getLogger("framefit").debug("unexpected error", exc_info=error)
     reason = " ".join(str(error).split()) or "no reason given"
     return FramefitError(f"the phase {phase} failed ({type(error).__name__}: {reason}).")
-
-
-def _memory(plan: Plan) -> str:
-    if plan.device.vram_limit_bytes is None:
-        return f"{plan.device.name} ran out of memory"
-    return f"the {plan.device.vram_limit_bytes / 2**30:.2f} GiB of --vram ran out"
 
 
 def _check_photos(plan: Plan) -> None:

@@ -27,16 +27,19 @@ from framefit.ledger.transfer import Room, Slab, Transfer, transfer_for
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
 
-__all__ = ["Component", "Offloaded", "apply", "placed"]
+__all__ = ["Component", "Offloaded", "apply", "placed", "remove"]
 
 EMBEDDING = "framefit.offload.embedding"
 
 
 def apply(parts: Parts, setting: Offload) -> None:
     """Raises `UsageError` where more blocks are to stay than there are to stream."""
-    if setting.level == "none":
-        return
     models = {name: part for name, part in parts.components.items() if isinstance(part, nn.Module)}
+    if setting.level == "none":
+        for model in models.values():
+            if any(tensor.device != parts.device for tensor in weights(model)):
+                model.to(parts.device)
+        return
     blocks = min((len(_blocks(models[expert])) for expert in parts.checkpoint.experts), default=0)
     if 0 < blocks <= setting.kept:
         raise UsageError(
@@ -46,6 +49,16 @@ def apply(parts: Parts, setting: Offload) -> None:
         )
     transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in weights(model)))
     parts.placement = Offloaded(models, parts.checkpoint.experts, setting, transfer)
+
+
+def remove(parts: Parts) -> None:
+    """The weights stay on the host, in the memory that they were packed into, until something moves them."""
+    if (found := placed(parts)) is None:
+        return
+    found.use(())
+    for component in found.components.values():
+        component.remove()
+    parts.placement = None
 
 
 def placed(parts: Parts) -> Offloaded | None:

@@ -13,7 +13,7 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import SETTINGS, Estimate, Guidance, Offload, Plan, Setting
+from framefit.plan import ASKED, SETTINGS, Estimate, Guidance, Offload, Plan, Setting
 from framefit.request import Request, ResolvedRequest
 
 __all__ = ["choose", "component_bytes"]
@@ -188,7 +188,7 @@ def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting
         Offload(value="none", because="weights on the device are the fastest"),
     )
     return tuple(
-        type(setting)(value=explicit[setting.type], because="asked for") if setting.type in explicit else setting
+        type(setting)(value=explicit[setting.type], because=ASKED) if setting.type in explicit else setting
         for setting in usual
     )
 
