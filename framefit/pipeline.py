@@ -63,12 +63,13 @@ def load(
     ledger: Ledger | None = None,
     *,
     rungs: tuple[Rung, ...] = (),
+    fixed: frozenset[str] = frozenset(),
     ladder: bool = True,
 ) -> Pipeline:
     """Read the weights of `checkpoint` and arrange them as `plan` says, or one rung lower where they do not fit.
 
     Args:
-        rungs, ladder: as in `Pipeline`.
+        rungs, fixed, ladder: as in `Pipeline`.
 
     Raises:
         DoesNotFit: memory ran out, and there is no rung left.
@@ -76,14 +77,14 @@ def load(
         BadInput: a LoRA that does not fit them.
     """
     ledger = ledger or Ledger(plan.device.id)
-    descent = Descent(plan, rungs, held=not ladder)
+    descent = Descent(plan, rungs, fixed, held=not ladder)
     with ledger.phase("load"):
         folder = hub.locate(checkpoint)
         check_headers(folder, checkpoint)
         while True:
             try:
                 parts = _loaded(descent.plan, checkpoint, folder)
-                return Pipeline(plan, parts, ledger, rungs=descent.rungs, ladder=ladder)
+                return Pipeline(plan, parts, ledger, rungs=descent.rungs, fixed=fixed, ladder=ladder)
             except Exception as error:
                 shortage = descent.shortage(error)
             descent.lower(shortage, None, ledger)
@@ -109,12 +110,19 @@ class Pipeline:
         ledger: Ledger | None = None,
         *,
         rungs: tuple[Rung, ...] = (),
+        fixed: frozenset[str] = frozenset(),
         ladder: bool = True,
     ) -> None:
-        """`parts` are arranged as `plan` says after `rungs`; without the `ladder` memory that runs out is an error."""
+        """
+        Args:
+            parts: arranged as `plan` says after `rungs`.
+            rungs: that the plan has come down already.
+            fixed: types of settings that no rung moves.
+            ladder: whether memory that runs out lowers the plan; else it is an error.
+        """
         self.parts = parts
         self.ledger = ledger or Ledger(plan.device.id)
-        self._descent = Descent(plan, rungs, held=not ladder)
+        self._descent = Descent(plan, rungs, fixed, held=not ladder)
         self._family = family_of(parts.checkpoint)
 
     @property
@@ -153,6 +161,16 @@ class Pipeline:
             if save:
                 save(state)
         self.denoise(state, on_step=on_step, save=save, cancelled=cancelled)
+        return self.video(state, save=save, cancelled=cancelled)
+
+    def video(
+        self,
+        state: State,
+        *,
+        save: Callable[[State], None] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Video:
+        """The finished latents as a video; its frames are decoded as they are read."""
         request = self.plan.request
         return Video(
             frames=self.decode(state, save=save, cancelled=cancelled),
@@ -269,6 +287,20 @@ class Pipeline:
         """Who denoises at each step of the request."""
         schedule = self._schedule()
         return tuple(self._expert(t, schedule)[0] for t in schedule.timesteps)
+
+    def rearrange(self, plan: Plan, fixed: frozenset[str]) -> None:
+        """Arrange the loaded parts as `plan` says; no rung moves settings of the types `fixed`."""
+        self.parts.use()
+        change(self.parts, self.plan, plan)
+        self._descent.plan, self._descent.fixed = plan, fixed
+        _give_back(plan)
+
+    def unload(self) -> None:
+        """Nothing is left of the parts: another pipeline is loaded in their place."""
+        self.parts.use()
+        self.parts.components.clear()
+        self.parts.placement = None
+        _give_back(self.plan)
 
     def _photo(self, path: Path) -> Image.Image:
         request = self.plan.request

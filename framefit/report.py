@@ -8,7 +8,7 @@ from typing import Any
 
 from framefit.plan import Plan
 
-__all__ = ["PhaseReport", "Report", "Rung"]
+__all__ = ["PhaseReport", "Report", "Retry", "Rung"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +36,18 @@ class Rung:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """A second try, because the first video was not sound."""
+
+    findings: tuple[str, ...]
+    """About the first video."""
+    withdrawn: str
+    """Settings of the first one that the second went without."""
+    failed: str | None = None
+    """Why there is no second video, and the first one is kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """The outcome of one run."""
 
@@ -48,6 +60,9 @@ class Report:
     notices: tuple[str, ...] = field(default=())
     rungs: tuple[Rung, ...] = field(default=())
     """What memory that ran out changed of the plan, before a crash too that the run was resumed from."""
+    findings: tuple[str, ...] = field(default=())
+    """What may be wrong with the video: black, frozen, seamed."""
+    retry: Retry | None = None
 
     def to_json(self) -> dict[str, Any]:
         request = self.plan.request
@@ -63,5 +78,7 @@ class Report:
                 "phases": [asdict(phase) for phase in self.phases],
                 "notices": list(self.notices),
                 "rungs": [asdict(rung) for rung in self.rungs],
+                "findings": list(self.findings),
+                "retry": asdict(self.retry) if self.retry else None,
             },
         }

@@ -6,8 +6,9 @@ import contextlib
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from framefit import photo, planning, recipe, video
@@ -18,12 +19,14 @@ from framefit.families import Checkpoint, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger, StepLog
 from framefit.ledger.shortage import Shortage
-from framefit.pipeline import Step, load
+from framefit.pipeline import Pipeline, Step, load
 from framefit.plan import Plan
 from framefit.planning import check_fits, estimated
 from framefit.planning.ladder import exhausted
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
+from framefit.retry import Again, watch_for, watched
+from framefit.video import Video
 
 __all__ = ["Options", "check_runs", "generate", "prepare", "resume", "translated"]
 
@@ -178,15 +181,20 @@ def _execute(
     try:
         with plan.device.capped(), _finishing(writer):
             pipeline = load(plan, checkpoint, ledger, rungs=state.rungs if state else ())
-            frames = pipeline.run(
-                state=state, on_step=_listening(plan, options), save=writer, cancelled=options.cancelled
-            )
+            go = partial(Pipeline.run, on_step=_listening(plan, options), cancelled=options.cancelled)
+            if state is None:
+                state = pipeline.encode()
+                if writer:
+                    writer(state)
+            frames = go(pipeline, state=state, save=writer)
             if writer:
                 writer.wait()
-            with ledger.phase("write"):
-                recipe.remember(checkpoint, plan, weights)
-                parameters = recipe.parameters(checkpoint, pipeline.plan, weights, crf)
-                video.write(frames, output, parameters=parameters, crf=crf, overwrite=options.overwrite)
+            write = partial(_written, checkpoint, weights, output, crf)
+            findings = write(pipeline, frames, overwrite=options.overwrite)
+            again = Again(
+                pipeline, checkpoint, go, partial(write, overwrite=True), lambda error: translated(error, plan, ledger)
+            )
+            findings, retry = again.where(findings, state)
     except FramefitError as error:
         raise _resumable(error, run) from None
     except KeyboardInterrupt:
@@ -204,8 +212,23 @@ def _execute(
             PhaseReport(name=p.name, seconds=round(p.seconds, 4), peak_bytes=p.peak_bytes) for p in ledger.close()
         ),
         notices=tuple(ledger.notices),
-        rungs=pipeline.rungs,
+        rungs=again.pipeline.rungs,
+        findings=tuple(findings),
+        retry=retry,
     )
+
+
+def _written(
+    checkpoint: Checkpoint, weights: str, output: Path, crf: int, pipeline: Pipeline, frames: Video, *, overwrite: bool
+) -> Sequence[str]:
+    """Returns what may be wrong with the video."""
+    plan, watch = pipeline.plan, watch_for(pipeline.plan, checkpoint)
+    with pipeline.ledger.phase("write"):
+        recipe.remember(checkpoint, plan, weights)
+        parameters = recipe.parameters(checkpoint, plan, weights, crf)
+        frames = replace(frames, frames=watched(frames.frames, watch))
+        video.write(frames, output, parameters=parameters, crf=crf, overwrite=overwrite)
+        return watch.findings()
 
 
 def _check_output(plan: Plan, output: Path, options: Options) -> None:

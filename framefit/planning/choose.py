@@ -16,7 +16,7 @@ from framefit.families import Checkpoint
 from framefit.plan import ASKED, SETTINGS, Estimate, Guidance, Offload, Plan, Setting
 from framefit.request import Request, ResolvedRequest
 
-__all__ = ["choose", "component_bytes"]
+__all__ = ["choose", "component_bytes", "untouched"]
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -182,14 +182,18 @@ def _precision(wanted: str | None, device: Device, reasons: dict[str, str]) -> s
 def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting, ...]:
     if unknown := [name for name in explicit if name not in SETTINGS]:
         raise UsageError(f"setting '{unknown[0]}' is unknown: the settings are {', '.join(SETTINGS)}.")
-    together = "together" if checkpoint.batched_guidance else "apart"
-    usual = (
-        Guidance(value=together, because="as the reference pipeline runs them"),
-        Offload(value="none", because="weights on the device are the fastest"),
-    )
     return tuple(
         type(setting)(value=explicit[setting.type], because=ASKED) if setting.type in explicit else setting
-        for setting in usual
+        for setting in untouched(checkpoint)
+    )
+
+
+def untouched(checkpoint: Checkpoint) -> tuple[Setting, ...]:
+    """As the model's own pipeline runs."""
+    together = "together" if checkpoint.batched_guidance else "apart"
+    return (
+        Guidance(value=together, because="as the reference pipeline runs them"),
+        Offload(value="none", because="weights on the device are the fastest"),
     )
 
 

@@ -19,6 +19,8 @@ class Descent:
     """As it is now."""
     rungs: tuple[Rung, ...] = ()
     """Taken so far, before a crash too that the run was resumed from."""
+    fixed: frozenset[str] = frozenset()
+    """Types of settings that no rung moves: those that were withdrawn."""
     held: bool = False
     """Whether the plan stays as it is, for whoever measures it; memory that runs out is an error then."""
 
@@ -41,7 +43,7 @@ class Descent:
         Raises:
             DoesNotFit: there is none left.
         """
-        rung = lower(self.plan, self.rungs, ledger.last, step, shortage)
+        rung = lower(self.plan, self.rungs, ledger.last, step, shortage, self.fixed)
         self.plan, self.rungs = lowered(self.plan, [rung]), (*self.rungs, rung)
         ledger.note(_sentence(rung))
 

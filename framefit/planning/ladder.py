@@ -52,7 +52,14 @@ LADDER: tuple[Relief, ...] = (
 )  # fmt: skip
 
 
-def lower(plan: Plan, rungs: Sequence[Rung], phase: str, step: int | None, shortage: Shortage) -> Rung:
+def lower(
+    plan: Plan,
+    rungs: Sequence[Rung],
+    phase: str,
+    step: int | None,
+    shortage: Shortage,
+    fixed: frozenset[str] = frozenset(),
+) -> Rung:
     """The next rung.
 
     Args:
@@ -60,12 +67,13 @@ def lower(plan: Plan, rungs: Sequence[Rung], phase: str, step: int | None, short
         rungs: that it has come down.
         phase: where memory ran out.
         step: steps taken by then.
+        fixed: types of settings that are not moved either.
 
     Raises:
         DoesNotFit: there is none left for this phase.
     """
     for relief, setting in _reliefs(plan, phase, shortage):
-        if not setting.explicit:
+        if not setting.explicit and setting.type not in fixed:
             return Rung(
                 phase=phase, step=step, setting=setting.type, before=setting.value, after=relief.after,
                 asked_bytes=shortage.asked_bytes, held_bytes=shortage.held_bytes,
@@ -90,7 +98,7 @@ def exhausted(plan: Plan, rungs: Sequence[Rung], phase: str, shortage: Shortage)
     request = plan.request
     now = {rung.setting: f"{rung.setting}={rung.after}" for rung in rungs}
     tried = f", with {' and '.join(now.values())} tried" if now else ""
-    asked = {s.type: f"{s.type}={s.value}" for _, s in _reliefs(plan, phase, shortage)}
+    asked = {s.type: f"{s.type}={s.value}" for _, s in _reliefs(plan, phase, shortage) if s.explicit}
     leave = f", or leave out --set {' '.join(asked.values())}" if asked else ""
     return DoesNotFit(
         f"{_memory(plan, shortage)} in the phase {phase} at {request.width}x{request.height}, "
