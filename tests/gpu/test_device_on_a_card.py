@@ -96,13 +96,16 @@ def test_a_run_stays_within_its_limit(photo: Path, tmp_path: Path) -> None:
     assert 0 < torch.cuda.max_memory_reserved(CARD) <= GIB
 
 
-def test_a_run_that_outgrows_its_limit_says_so(photo: Path, tmp_path: Path) -> None:
+def test_a_run_that_outgrows_its_limit_says_so(photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(checkpoints=None)
     weights = prepare(request_for(photo), options)[1].estimate.weights_bytes
     torch.cuda.empty_cache()
     limit = max(weights, torch.cuda.memory_reserved(CARD)) + 2 * MIB
-    with pytest.raises(DoesNotFit, match="GiB of --vram ran out in the phase"):
-        generate(request_for(photo), tmp_path / "a.mp4", Options(vram_bytes=limit, checkpoints=None))
+    monkeypatch.setattr("framefit.run.check_fits", lambda plan: None)  # the plan would refuse
+    asked = {"guidance": "apart", "offload": "none"}
+    options = Options(vram_bytes=limit, checkpoints=None, settings=asked)
+    with pytest.raises(DoesNotFit, match=r"GiB of --vram ran out in the phase .*leave out --set offload=none"):
+        generate(request_for(photo), tmp_path / "a.mp4", options)
     assert not (tmp_path / "a.mp4").exists()
 
 
