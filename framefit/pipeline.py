@@ -275,7 +275,7 @@ class Pipeline:
                         yield frame
                     return
                 except NotFinite as error:
-                    self._to_fp32(("vae",), error)
+                    self._fitting(partial(self._to_fp32, ("vae",), error), state, save)
                 except Exception as error:
                     shortage = self._descent.shortage(error)
                 if shortage:
@@ -339,7 +339,11 @@ class Pipeline:
         latents = denoised()
         self.parts.use("vae")
         middle = self._family.settle(latents, conditioning)[:, :, latents.shape[2] // 2].unsqueeze(2)
-        frame: Frame = next(iter(self._family.decode(self.parts, middle)))[0].numpy()
+        try:
+            frame: Frame = next(iter(self._family.decode(self.parts, middle)))[0].numpy()
+        except Exception:
+            self.parts.forget()
+            raise
         return frame
 
     def _frames(self, state: State) -> Iterator[Frame]:

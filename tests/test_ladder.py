@@ -29,7 +29,7 @@ from framefit.families.parts import Parts, load_parts, weights
 from framefit.ledger import Ledger
 from framefit.ledger.shortage import Shortage
 from framefit.passes import apply_all, offload
-from framefit.pipeline import Pipeline, load
+from framefit.pipeline import Pipeline, Step, load
 from framefit.plan import ASKED, SETTINGS, Guidance, Offload, Plan
 from framefit.planning.ladder import LADDER, lower, lowered
 from framefit.report import Rung
@@ -276,6 +276,36 @@ def test_loaded_parts_are_arranged_anew_there_and_back(id: str, tiny: Tiny, make
         assert all(torch.equal(value, before[name][key]) for key, value in model.state_dict().items())
         registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
         assert not any(registry.hooks for registry in registries if registry)
+
+
+def test_a_preview_that_breaks_off_leaves_no_trace(tiny: Tiny, make_plan: MakePlan, whole: Whole) -> None:
+    row = tiny("easyanimate-v5.1-7b-inp")
+    expected, calls = whole(row, 1.0)
+    plan, parts = make_plan(row, steps=STEPS, guidance=(1.0,)), fresh(row)
+    pipeline = Pipeline(plan, apply_all(parts, plan))
+    state = pipeline.encode()
+
+    def preview(step: Step) -> None:
+        with Full(parts["vae"].decoder, at=[calls["decoder"] // 3]), pytest.raises(torch.OutOfMemoryError):
+            step.preview()
+
+    pipeline.denoise(state, on_step=preview)
+    assert np.array_equal(np.stack(list(pipeline.decode(state))), expected.frames)
+
+
+def test_a_cast_that_breaks_off_leaves_no_half(tiny: Tiny) -> None:
+    class Large(nn.Module):
+        def _apply(self, *arguments: Any, **facts: Any) -> nn.Module:
+            raise torch.OutOfMemoryError(FULL)
+
+    model = nn.Sequential(nn.Linear(4, 4).half(), nn.LayerNorm(4), Large())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parts = Parts(tiny("i2vgen-xl"), {"unet": model}, torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError):
+        parts.cast("unet", torch.float64)
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
 
 
 def test_what_does_not_change_is_left_alone(tiny: Tiny, make_plan: MakePlan) -> None:

@@ -75,8 +75,14 @@ class Parts:
         """Let a component compute in another precision."""
         if self.placement:
             self.placement.cast(name, dtype)
-        else:
+            return
+        before = [(tensor, tensor.dtype) for tensor in weights(self[name])]
+        try:
             self[name].to(dtype)
+        except torch.OutOfMemoryError:  # half of it would be in each
+            for tensor, usual in before:
+                tensor.data = tensor.data.to(usual)
+            raise
 
 
 class Placement(Protocol):
