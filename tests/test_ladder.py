@@ -278,6 +278,23 @@ def test_loaded_parts_are_arranged_anew_there_and_back(id: str, tiny: Tiny, make
         assert not any(registry.hooks for registry in registries if registry)
 
 
+@pytest.mark.parametrize("id", FAMILIES)
+def test_what_lies_elsewhere_now_is_given_back(id: str, tiny: Tiny, make_plan: MakePlan) -> None:
+    """A slab goes once its weights are in others, the token tables too, which are in none."""
+    row = tiny(id)
+    plans = {value: make_plan(row, {"offload": value}) for value in ("part", "leaf")}
+    straight, round_about = fresh(row), fresh(row)
+    apply_all(straight, plans["leaf"])
+    apply_all(round_about, plans["part"])
+    passes.change(round_about, plans["part"], plans["leaf"])
+    assert held_bytes(round_about) == held_bytes(straight)
+
+
+def held_bytes(parts: Parts) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for m in models(parts).values() for t in weights(m)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def test_a_preview_that_breaks_off_leaves_no_trace(tiny: Tiny, make_plan: MakePlan, whole: Whole) -> None:
     row = tiny("easyanimate-v5.1-7b-inp")
     expected, calls = whole(row, 1.0)

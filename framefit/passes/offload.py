@@ -138,6 +138,8 @@ class Component:
         for table in tables:
             if table.weight.is_cuda:
                 table.weight.data = table.weight.data.cpu()
+            elif table.weight.untyped_storage().nbytes() > table.weight.nbytes:  # else it would keep an earlier slab
+                table.weight.data = table.weight.data.clone()
             HookRegistry.check_if_exists_or_initialize(table).register_hook(_OnHost(), EMBEDDING)
         slabs = tuple(transfer.slab(tensors) for tensors in whole if tensors)
         stream = Stream(units, transfer)
