@@ -132,13 +132,8 @@ def _random(row: Checkpoint, plan: Plan) -> Parts:
 
 
 def _forget(parts: Parts) -> None:
-    """The hooks of the last way of offloading; its slabs go with the next one's packing."""
-    placement = offload.placed(parts)
-    assert placement
-    placement.use(())
-    for component in placement.components.values():
-        component.remove()
-    parts.placement = None
+    """The last way of offloading; its slabs go with the next one's packing."""
+    offload.remove(parts)
     gc.collect()
 
 
@@ -152,7 +147,7 @@ def _run(plan: Plan, parts: Parts, cap_bytes: int | None) -> tuple[dict[str, Any
         reserved[name] = max(reserved.get(name, 0), torch.cuda.max_memory_reserved())
 
     ledger = Ledger(plan.device.id, around=around)
-    pipeline = Pipeline(plan, parts, ledger)
+    pipeline = Pipeline(plan, parts, ledger, ladder=False)
     placement = offload.placed(parts)
     steps: list[dict[str, Any]] = []
     moved = [0]

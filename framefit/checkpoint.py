@@ -19,12 +19,13 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from framefit.errors import BadCheckpoint, BadInput, FramefitError
 from framefit.plan import Plan
+from framefit.report import Rung
 
 if TYPE_CHECKING:
     import torch
@@ -44,13 +45,15 @@ class State:
     conditioning: dict[str, torch.Tensor]
     scheduler: dict[str, Any]
     """What the scheduler holds beyond its configuration: tensors, numbers, None, and lists of these."""
+    rungs: tuple[Rung, ...] = ()
+    """That the plan has come down."""
 
     def snapshot(self) -> State:
         """A copy in host memory that the next step does not touch."""
         import torch
 
         host = torch.device("cpu")
-        return State(self.step, self.latents.to(host), self.conditioning, _moved(self.scheduler, host))
+        return State(self.step, self.latents.to(host), self.conditioning, _moved(self.scheduler, host), self.rungs)
 
     def move(self, device: torch.device) -> None:
         """Bring every tensor to `device`."""
@@ -163,7 +166,8 @@ class RunFolder:
             self._conditioning_saved = True
         tensors = {"latents": state.latents}
         plain = _flatten(state.scheduler, tensors)
-        self._save_tensors("step.safetensors", tensors, {"step": state.step, "scheduler": plain})
+        rungs = [asdict(rung) for rung in state.rungs]
+        self._save_tensors("step.safetensors", tensors, {"step": state.step, "scheduler": plain, "rungs": rungs})
 
     def load(self) -> State | None:
         """The last state saved, on the CPU; None where the run had not come to its first.
@@ -181,6 +185,7 @@ class RunFolder:
             latents=tensors["latents"],
             conditioning=conditioning,
             scheduler=_unflatten(facts["scheduler"], tensors),
+            rungs=tuple(Rung(**rung) for rung in facts.get("rungs", ())),  # files of earlier versions have none
         )
 
     def __enter__(self) -> Self:
@@ -252,18 +257,19 @@ class Writer:
         self._every_s = every_s
         self._always = always
         self._saved = -math.inf
-        self._step: int | None = None
+        self._last: tuple[int, int] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
 
     def __call__(self, state: State) -> None:
         """Take a copy of `state`, and write it if it is due."""
         due = time.monotonic() - self._saved >= self._every_s or self._always(state)
-        if not due or state.step == self._step:
+        now = state.step, len(state.rungs)
+        if not due or now == self._last:
             return
         self.wait()
         self._pending = self._pool.submit(self._run.save, state.snapshot())
-        self._saved, self._step = time.monotonic(), state.step
+        self._saved, self._last = time.monotonic(), now
 
     def wait(self) -> None:
         """Return once everything taken is on disk; raises what went wrong there."""

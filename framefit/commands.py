@@ -176,7 +176,7 @@ def _profiled(flags: Namespace) -> tuple[Profile, Pipeline]:
     print("load, then every phase four times ...", file=sys.stderr)
     ledger = Ledger(plan.device.id)
     with plan.device.capped(), _told(plan, ledger):
-        pipeline = load(plan, checkpoint, ledger)
+        pipeline = load(plan, checkpoint, ledger, ladder=False)
         return profile(pipeline, folder, ceilings, steps=flags.profile_steps), pipeline
 
 

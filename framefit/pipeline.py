@@ -3,18 +3,20 @@
     encode text, encode image -> denoise, step by step -> decode
 
 One loop serves every family; what differs is in the family's functions (`framefit.families`), and how the parts
-are arranged is in the plan's settings (`framefit.passes`).
+are arranged is in the plan's settings (`framefit.passes`). Where memory runs out, the plan comes down a rung
+(`framefit.planning.ladder`), and what was under way begins again from the last finished step.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -26,9 +28,12 @@ from framefit.families import Checkpoint, family_of, hub, lora
 from framefit.families.files import check_headers
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors, load_parts
 from framefit.ledger import Ledger
-from framefit.passes import apply_all, quantize
+from framefit.ledger.shortage import Shortage
+from framefit.passes import apply_all, change, quantize
 from framefit.passes.guidance import guided
 from framefit.plan import Plan, Quantize
+from framefit.planning.descent import Descent
+from framefit.report import Rung
 from framefit.schedule import Schedule
 from framefit.video import Frame, Video
 
@@ -52,24 +57,48 @@ class Step:
     """The middle of the video as far as it is known, uint8 (H, W, 3); costs the decoding of one latent frame."""
 
 
-def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pipeline:
-    """Read the weights of `checkpoint` and arrange them as `plan` says.
+def load(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    ledger: Ledger | None = None,
+    *,
+    rungs: tuple[Rung, ...] = (),
+    fixed: frozenset[str] = frozenset(),
+    ladder: bool = True,
+) -> Pipeline:
+    """Read the weights of `checkpoint` and arrange them as `plan` says, or one rung lower where they do not fit.
+
+    Args:
+        rungs, fixed, ladder: as in `Pipeline`.
 
     Raises:
+        DoesNotFit: memory ran out, and there is no rung left.
         ModelMissing: the weights are not on this machine, or are incomplete.
         BadInput: a LoRA that does not fit them.
     """
     ledger = ledger or Ledger(plan.device.id)
+    descent = Descent(plan, rungs, fixed, held=not ladder)
     with ledger.phase("load"):
         folder = hub.locate(checkpoint)
         check_headers(folder, checkpoint)
-        parts = load_parts(
-            checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id),
-            on_host=plan.offload != "none", on_read=partial(_shrink, plan),
-        )  # fmt: skip
-        if plan.quantize == "none":
-            lora.merge(parts, plan.request.loras)
-        return Pipeline(plan, apply_all(parts, plan), ledger)
+        while True:
+            try:
+                parts = _loaded(descent.plan, checkpoint, folder)
+                return Pipeline(plan, parts, ledger, rungs=descent.rungs, fixed=fixed, ladder=ladder)
+            except Exception as error:
+                shortage = descent.shortage(error)
+            descent.lower(shortage, None, ledger)
+            _give_back(plan)
+
+
+def _loaded(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Parts:
+    parts = load_parts(
+        checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id),
+        on_host=plan.offload != "none", on_read=partial(_shrink, plan),
+    )  # fmt: skip
+    if plan.quantize == "none":
+        lora.merge(parts, plan.request.loras)
+    return apply_all(parts, plan)
 
 
 def _shrink(plan: Plan, model: Parts) -> None:
@@ -82,11 +111,37 @@ def _shrink(plan: Plan, model: Parts) -> None:
 class Pipeline:
     """Loaded parts that turn a plan's photo and prompt into frames."""
 
-    def __init__(self, plan: Plan, parts: Parts, ledger: Ledger | None = None) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        plan: Plan,
+        parts: Parts,
+        ledger: Ledger | None = None,
+        *,
+        rungs: tuple[Rung, ...] = (),
+        fixed: frozenset[str] = frozenset(),
+        ladder: bool = True,
+    ) -> None:
+        """
+        Args:
+            parts: arranged as `plan` says after `rungs`.
+            rungs: that the plan has come down already.
+            fixed: types of settings that no rung moves.
+            ladder: whether memory that runs out lowers the plan; else it is an error.
+        """
         self.parts = parts
         self.ledger = ledger or Ledger(plan.device.id)
+        self._descent = Descent(plan, rungs, fixed, held=not ladder)
         self._family = family_of(parts.checkpoint)
+
+    @property
+    def plan(self) -> Plan:
+        """As it is now."""
+        return self._descent.plan
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        """That the plan has come down."""
+        return self._descent.rungs
 
     def run(
         self,
@@ -106,6 +161,7 @@ class Pipeline:
 
         Raises:
             Cancelled: `cancelled` said so.
+            DoesNotFit: memory ran out, and there is no rung left.
             NotFinite: the model produced NaN or infinity, in fp32 too.
         """
         if state is None:
@@ -113,9 +169,19 @@ class Pipeline:
             if save:
                 save(state)
         self.denoise(state, on_step=on_step, save=save, cancelled=cancelled)
+        return self.video(state, save=save, cancelled=cancelled)
+
+    def video(
+        self,
+        state: State,
+        *,
+        save: Callable[[State], None] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Video:
+        """The finished latents as a video; its frames are decoded as they are read."""
         request = self.plan.request
         return Video(
-            frames=self.decode(state, cancelled=cancelled),
+            frames=self.decode(state, save=save, cancelled=cancelled),
             num_frames=request.num_frames, width=request.width, height=request.height, fps=request.fps,
         )  # fmt: skip
 
@@ -127,25 +193,25 @@ class Pipeline:
         last = self._photo(request.last_image) if request.last_image else None
 
         def encode_image() -> tuple[torch.Tensor, Tensors]:
+            parts.use(*IMAGE_ENCODERS)
             generator = torch.Generator().manual_seed(request.seed)
             latents, conditioning = family.encode_image(parts, request, first, last, generator)
             _check_finite(conditioning.values(), "the image encoder", parts.dtype("vae"))
             return latents, conditioning
 
         def encode_text() -> Tensors:
+            parts.use(*TEXT_ENCODERS)
             conditioning = family.encode_text(parts, request, self.ledger.note)
             _check_finite(conditioning.values(), "the text encoder", parts.dtype("text_encoder"))
             return conditioning
 
         with self.ledger.phase("encode_text"):
-            parts.use(*TEXT_ENCODERS)
-            text = self._within_range(TEXT_ENCODERS, encode_text)
+            text = self._fitting(lambda: self._within_range(TEXT_ENCODERS, encode_text))
         with self.ledger.phase("encode_image"):
-            parts.use(*IMAGE_ENCODERS)
-            latents, image = self._within_range(IMAGE_ENCODERS, encode_image)
+            latents, image = self._fitting(lambda: self._within_range(IMAGE_ENCODERS, encode_image))
         # contiguous, as they are after a resume: kernels round by memory layout
         conditioning = {name: tensor.contiguous() for name, tensor in (text | image).items()}
-        return State(step=0, latents=latents, conditioning=conditioning, scheduler={})
+        return State(step=0, latents=latents, conditioning=conditioning, scheduler={}, rungs=self.rungs)
 
     @torch.no_grad()
     def denoise(
@@ -157,19 +223,15 @@ class Pipeline:
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         """Take the steps that are left, moving `state` along."""
-        state.move(self.parts.device)
+        state.rungs = self.rungs
         schedule = self._schedule()
-        schedule.restore(state.scheduler)
+        fresh = schedule.state()
         for index in range(state.step, len(schedule)):
-            t = schedule.timesteps[index]
-            expert, scale = self._expert(t, schedule)
+            expert = self._expert(schedule.timesteps[index], schedule)[0]
             began = time.perf_counter()
             with self.ledger.phase(f"denoise:{expert}"):
-                noisy = state.latents
-                prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale)
-                if index + 1 < len(schedule):  # its weights may come while this step is finished and saved
-                    self.parts.use(self._expert(schedule.timesteps[index + 1], schedule)[0])
-                state.latents = schedule.step(prediction, t, noisy)
+                step = partial(self._step, state, schedule, fresh)
+                noisy, prediction, state.latents = self._fitting(step, state, save)
                 state.step, state.scheduler = index + 1, schedule.state()
             seconds = time.perf_counter() - began
             if save:
@@ -184,23 +246,48 @@ class Pipeline:
                     save(state)
                 raise Cancelled(f"stopped after step {state.step} of {len(schedule)}.")
 
-    def decode(self, state: State, *, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
-        """The finished latents as frames, uint8 (H, W, 3), one by one."""
+    def _step(
+        self, state: State, schedule: Schedule, fresh: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The latents before the next step, its prediction, and the latents after it. Leaves `state` where it stands.
+
+        Args:
+            fresh: what the scheduler held before the first step.
+        """
         state.move(self.parts.device)
-        latents = self._family.settle(state.latents, state.conditioning)
+        schedule.restore(fresh | state.scheduler)  # the same step may have broken off half-way
+        t, noisy = schedule.timesteps[state.step], state.latents
+        expert, scale = self._expert(t, schedule)
+        prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale)
+        if state.step + 1 < len(schedule):  # its weights may come while this step is finished and saved
+            self.parts.use(self._expert(schedule.timesteps[state.step + 1], schedule)[0])
+        return noisy, prediction, schedule.step(prediction, t, noisy)
+
+    def decode(
+        self,
+        state: State,
+        *,
+        save: Callable[[State], None] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Frame]:
+        """The finished latents as frames, uint8 (H, W, 3), one by one."""
         done = 0
         try:
             while True:
+                shortage = None
                 try:
-                    for chunk in self._timed(islice(self._family.decode(self.parts, latents), done, None)):
+                    for frame in islice(self._frames(state), done, None):
+                        if cancelled():
+                            raise Cancelled("stopped while the frames were decoded.")
                         done += 1
-                        for frame in chunk.numpy():
-                            if cancelled():
-                                raise Cancelled("stopped while the frames were decoded.")
-                            yield frame
+                        yield frame
                     return
                 except NotFinite as error:
-                    self._to_fp32(("vae",), error)
+                    self._fitting(partial(self._to_fp32, ("vae",), error), state, save)
+                except Exception as error:
+                    shortage = self._descent.shortage(error)
+                if shortage:
+                    self._lower(shortage, state, save)
         finally:
             self.parts.use()
 
@@ -208,6 +295,20 @@ class Pipeline:
         """Who denoises at each step of the request."""
         schedule = self._schedule()
         return tuple(self._expert(t, schedule)[0] for t in schedule.timesteps)
+
+    def rearrange(self, plan: Plan, fixed: frozenset[str]) -> None:
+        """Arrange the loaded parts as `plan` says; no rung moves settings of the types `fixed`."""
+        self.parts.use()
+        change(self.parts, self.plan, plan)
+        self._descent.plan, self._descent.fixed = plan, fixed
+        _give_back(plan)
+
+    def unload(self) -> None:
+        """Nothing is left of the parts: another pipeline is loaded in their place."""
+        self.parts.use()
+        self.parts.components.clear()
+        self.parts.placement = None
+        _give_back(self.plan)
 
     def _photo(self, path: Path) -> Image.Image:
         request = self.plan.request
@@ -246,8 +347,18 @@ class Pipeline:
         latents = denoised()
         self.parts.use("vae")
         middle = self._family.settle(latents, conditioning)[:, :, latents.shape[2] // 2].unsqueeze(2)
-        frame: Frame = next(iter(self._family.decode(self.parts, middle)))[0].numpy()
+        try:
+            frame: Frame = next(iter(self._family.decode(self.parts, middle)))[0].numpy()
+        except Exception:
+            self.parts.forget()
+            raise
         return frame
+
+    def _frames(self, state: State) -> Iterator[Frame]:
+        state.move(self.parts.device)
+        latents = self._family.settle(state.latents, state.conditioning)
+        for chunk in self._timed(self._family.decode(self.parts, latents)):
+            yield from chunk.numpy()
 
     def _timed(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Each chunk, with the work behind it booked as decoding."""
@@ -258,6 +369,30 @@ class Pipeline:
             if chunk is None:
                 return
             yield chunk
+
+    def _fitting(
+        self, compute: Callable[[], T], state: State | None = None, save: Callable[[State], None] | None = None
+    ) -> T:
+        """`compute()`; where memory ran out, again and again with the plan a rung lower."""
+        while True:
+            try:
+                return compute()
+            except Exception as error:
+                shortage = self._descent.shortage(error)
+            self._lower(shortage, state, save)
+
+    def _lower(self, shortage: Shortage, state: State | None, save: Callable[[State], None] | None) -> None:
+        """One rung down, in place; `state`, where there is one, is kept with it."""
+        before = self.plan
+        self._descent.lower(shortage, None if state is None else state.step, self.ledger)
+        self.parts.use()
+        self.parts.forget()
+        change(self.parts, before, self.plan)
+        _give_back(self.plan)
+        if state is not None:
+            state.rungs = self.rungs
+            if save:
+                save(state)
 
     def _within_range(self, names: tuple[str, ...], compute: Callable[[], T]) -> T:
         """`compute()`; where fp16 overflowed, again with these components in fp32, where they stay."""
@@ -274,6 +409,13 @@ class Pipeline:
         for name in half:
             self.parts.cast(name, torch.float32)
         self.ledger.note(f"{error} It runs in fp32 from here on ({', '.join(half)}).")
+
+
+def _give_back(plan: Plan) -> None:
+    """What nobody holds any more is free on the card, for blocks of any size."""
+    gc.collect()
+    if plan.device.id != "cpu":
+        torch.cuda.empty_cache()
 
 
 def _check_finite(tensors: Iterable[torch.Tensor], who: str, dtype: torch.dtype) -> None:

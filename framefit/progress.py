@@ -91,6 +91,7 @@ class Progress:
             _show(step, self._flags.preview)
         if step.index == step.total:
             self._bar.close()
+            self._bar = None  # a second try has a bar of its own
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._stop = True

@@ -6,24 +6,27 @@ import contextlib
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from framefit import photo, planning, recipe, video
 from framefit.checkpoint import RunFolder, State, Writer, default_root
 from framefit.device import Device
-from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, DoesNotFit, FramefitError, UsageError
+from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, FramefitError, UsageError
 from framefit.families import Checkpoint, find, hub
 from framefit.families.files import fingerprint
 from framefit.ledger import Ledger, StepLog
-from framefit.pipeline import Step, load
+from framefit.ledger.shortage import Shortage
+from framefit.pipeline import Pipeline, Step, load
 from framefit.plan import QUALITIES, Estimate, Plan, Tier
 from framefit.planning import changes, check_fits, estimated
+from framefit.planning.ladder import exhausted
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
+from framefit.retry import Again, watch_for, watched
+from framefit.video import Video
 
 __all__ = ["Options", "check_runs", "generate", "prepare", "replay", "resume", "translated"]
 
@@ -222,16 +225,21 @@ def _execute(
     crf = options.crf if options.crf is not None else run.crf if run else DEFAULT_CRF
     try:
         with plan.device.capped(), _finishing(writer):
-            pipeline = load(plan, checkpoint, ledger)
-            frames = pipeline.run(
-                state=state, on_step=_listening(plan, options), save=writer, cancelled=options.cancelled
-            )
+            pipeline = load(plan, checkpoint, ledger, rungs=state.rungs if state else ())
+            go = partial(Pipeline.run, on_step=_listening(plan, options), cancelled=options.cancelled)
+            if state is None:
+                state = pipeline.encode()
+                if writer:
+                    writer(state)
+            frames = go(pipeline, state=state, save=writer)
             if writer:
                 writer.wait()
-            with ledger.phase("write"):
-                recipe.remember(checkpoint, plan, weights)
-                parameters = recipe.parameters(checkpoint, plan, weights, crf)
-                video.write(frames, output, parameters=parameters, crf=crf, overwrite=options.overwrite)
+            write = partial(_written, checkpoint, weights, output, crf)
+            findings = write(pipeline, frames, overwrite=options.overwrite)
+            again = Again(
+                pipeline, checkpoint, go, partial(write, overwrite=True), lambda error: translated(error, plan, ledger)
+            )
+            findings, retry = again.where(findings, state)
     except FramefitError as error:
         raise _resumable(error, run) from None
     except KeyboardInterrupt:
@@ -249,7 +257,23 @@ def _execute(
             PhaseReport(name=p.name, seconds=round(p.seconds, 4), peak_bytes=p.peak_bytes) for p in ledger.close()
         ),
         notices=tuple(ledger.notices),
+        rungs=again.pipeline.rungs,
+        findings=tuple(findings),
+        retry=retry,
     )
+
+
+def _written(
+    checkpoint: Checkpoint, weights: str, output: Path, crf: int, pipeline: Pipeline, frames: Video, *, overwrite: bool
+) -> Sequence[str]:
+    """Returns what may be wrong with the video."""
+    plan, watch = pipeline.plan, watch_for(pipeline.plan, checkpoint)
+    with pipeline.ledger.phase("write"):
+        recipe.remember(checkpoint, plan, weights)
+        parameters = recipe.parameters(checkpoint, plan, weights, crf)
+        frames = replace(frames, frames=watched(frames.frames, watch))
+        video.write(frames, output, parameters=parameters, crf=crf, overwrite=overwrite)
+        return watch.findings()
 
 
 def _check_output(plan: Plan, output: Path, options: Options) -> None:
@@ -295,6 +319,9 @@ def _finishing(writer: Writer | None) -> Iterator[None]:
             except FramefitError as another:
                 error.add_note(str(another))
         raise
+    if writer:
+        with contextlib.suppress(FramefitError):  # the video is there: nobody goes on from a state
+            writer.wait()
 
 
 def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:
@@ -312,22 +339,12 @@ def _resumable(error: FramefitError, run: RunFolder | None) -> FramefitError:
 
 def translated(error: Exception, plan: Plan, ledger: Ledger) -> FramefitError:
     """What a library raised, as one of ours."""
-    request, phase = plan.request, ledger.last or "load"
-    # torch raises a plain RuntimeError where the CPU's allocator fails
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return DoesNotFit(
-            f"{_memory(plan)} in the phase {phase} at {request.width}x{request.height}, "
-            f"{request.num_frames} frames: ask for a smaller --size or fewer --frames."
-        )
+    phase = ledger.last or "load"
+    if shortage := Shortage.told(error, plan.device.id):
+        return exhausted(plan, (), phase, shortage)
     logging.getLogger("framefit").debug("unexpected error", exc_info=error)
     reason = " ".join(str(error).split()) or "no reason given"
     return FramefitError(f"the phase {phase} failed ({type(error).__name__}: {reason}).")
-
-
-def _memory(plan: Plan) -> str:
-    if plan.device.vram_limit_bytes is None:
-        return f"{plan.device.name} ran out of memory"
-    return f"the {plan.device.vram_limit_bytes / 2**30:.2f} GiB of --vram ran out"
 
 
 def _check_photos(plan: Plan) -> None:

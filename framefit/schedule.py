@@ -60,9 +60,9 @@ class Schedule:
         return {name: _checked(name, value) for name, value in kept.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, which `state()` gave."""
+        """Go on from `state`, which `state()` gave, and which stays as it is."""
         for name, value in state.items():
-            setattr(self._scheduler, name, value)
+            setattr(self._scheduler, name, _checked(name, value))
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -25,7 +25,7 @@ RANKS = (
     {"passes", "testing"},
     {"planning"},
     {"pipeline"},
-    {"run", "recipe", "profiling"},
+    {"run", "recipe", "retry", "profiling"},
     {"verify", "tune", "bench"},
     {"cli", "commands", "doctor", "plans", "progress", "__main__"},
 )
@@ -35,7 +35,7 @@ WITHIN = {
     # the nouns are one room: a plan holds a request and a device, and all of them raise errors
     **dict.fromkeys(RANKS[0], "nouns"),
     # a run writes the recipe that a rerun reads
-    **dict.fromkeys(("run", "recipe"), "run"),
+    **dict.fromkeys(("run", "recipe", "retry"), "run"),
     # a search judges candidates as a verdict does
     **dict.fromkeys(("verify", "tune"), "proof"),
     # a search is filed beside the runs

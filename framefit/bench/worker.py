@@ -35,6 +35,7 @@ from framefit.families.parts import PRECISIONS, Parts, Tensors, load_parts, weig
 from framefit.families.pixels import to_frames
 from framefit.ledger import Ledger
 from framefit.ledger.counts import Tally, count
+from framefit.ledger.shortage import Shortage
 from framefit.passes import apply_all
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan, Tier
@@ -179,7 +180,7 @@ def _inputs(job: Job, row: Checkpoint, plan: Plan, parts: Parts) -> tuple[torch.
     """Latents and conditioning: Gaussian for random weights and for a decode, else of the photo and the prompt."""
     scenario, decode = job.scenario, job.scenario.kind == "decode"
     if job.weights != "random" and not decode:
-        state = Pipeline(plan, parts).encode()
+        state = Pipeline(plan, parts, ladder=False).encode()
         return state.latents.to(parts.device), {k: v.to(parts.device) for k, v in state.conditioning.items()}
     size = (scenario.width, scenario.height, scenario.num_frames)
     conditioning = {} if decode else inputs.conditioning(row, size, scenario.branches, parts.device)
@@ -192,7 +193,7 @@ def _denoise(job: Job, plan: Plan, parts: Parts, latents: torch.Tensor, conditio
     t, scale = schedule.timesteps[0], plan.request.guidance[0]
     noisy = schedule.scaled(latents, t)
     if job.variant.engine == "framefit":
-        pipeline, expert = Pipeline(plan, parts), parts.checkpoint.experts[0]
+        pipeline, expert = Pipeline(plan, parts, ladder=False), parts.checkpoint.experts[0]
         return lambda: pipeline.predict(expert, noisy, t, conditioning, scale)
     return stock.denoiser(parts, noisy, t, conditioning, scale)
 
@@ -200,7 +201,8 @@ def _denoise(job: Job, plan: Plan, parts: Parts, latents: torch.Tensor, conditio
 def _decode(job: Job, plan: Plan, parts: Parts, latents: torch.Tensor, conditioning: Tensors) -> Call:
     """Latents to uint8 frames on the host, in both roads."""
     if job.variant.engine == "framefit":
-        pipeline, state = Pipeline(plan, parts), State(step=0, latents=latents, conditioning=conditioning, scheduler={})
+        pipeline = Pipeline(plan, parts, ladder=False)
+        state = State(step=0, latents=latents, conditioning=conditioning, scheduler={})
         return lambda: list(pipeline.decode(state))
     decode = stock.decoder(parts, latents)
     return lambda: to_frames(decode())
@@ -273,7 +275,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
 def _sentence(error: Exception, job: Job) -> str:
     if isinstance(error, FramefitError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if Shortage.told(error, "cpu"):
         work = job.scenario
         return f"out of memory at {work.width}x{work.height}, {work.num_frames} frames."
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

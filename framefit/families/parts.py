@@ -65,12 +65,25 @@ class Parts:
         if self.placement:
             self.placement.use([name for name in names if name in self])
 
+    def forget(self) -> None:
+        """Nothing is left in the components of a call that broke off: EasyAnimate's VAE would go on from it."""
+        for part in self.components.values():
+            for name in ("clear_cache", "_clear_conv_cache"):  # AutoencoderKLWan's, AutoencoderKLMagvit's
+                if clear := getattr(part, name, None):
+                    clear()
+
     def cast(self, name: str, dtype: torch.dtype) -> None:
         """Let a component compute in another precision."""
         if self.placement:
             self.placement.cast(name, dtype)
-        else:
+            return
+        before = [(tensor, tensor.dtype) for tensor in weights(self[name])]
+        try:
             self[name].to(dtype)
+        except torch.OutOfMemoryError:  # half of it would be in each
+            for tensor, usual in before:
+                tensor.data = tensor.data.to(usual)
+            raise
 
 
 class Placement(Protocol):

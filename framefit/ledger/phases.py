@@ -67,7 +67,9 @@ class Ledger:
         return list(self.phases.values())
 
     def note(self, sentence: str) -> None:
-        """Tell the user something: kept for the report, and logged at once."""
+        """Tell the user something once: kept for the report, and logged at once."""
+        if sentence in self.notices:  # a phase that runs again finds the same
+            return
         self.notices.append(sentence)
         logging.getLogger("framefit").warning(sentence)
 

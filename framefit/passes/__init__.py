@@ -1,4 +1,4 @@
-"""Techniques, one a file: each has a setting type in `framefit.plan` and an `apply(parts, setting)` here.
+"""Techniques, one a file: each has a setting type in `framefit.plan`, and `apply(parts, setting)` and `remove(parts)`.
 
 ORDER is the one place that says in which order they are applied, with a reason at each line.
 """
@@ -11,13 +11,13 @@ from framefit.families.parts import Parts
 from framefit.passes import chunk, guidance, offload, quantize
 from framefit.plan import Chunk, Guidance, Offload, Plan, Quantize, Setting
 
-__all__ = ["ORDER", "apply_all"]
+__all__ = ["ORDER", "apply_all", "change"]
 
 ORDER: tuple[tuple[type[Setting], Any], ...] = (
     (Quantize, quantize),  # first: what others rearrange or pack is what is kept
     (Chunk, chunk),  # before what wraps modules: it restates how they call what is in them
-    (Guidance, guidance),  # touches no module: it only says how the loop calls them
-    (Offload, offload),  # last: it packs the weights as all others leave them
+    (Offload, offload),  # after all that touch modules: it packs the weights as they leave them
+    (Guidance, guidance),  # last: it touches none, so that a change of it packs nothing anew
 )
 
 
@@ -28,3 +28,18 @@ def apply_all(parts: Parts, plan: Plan) -> Parts:
             if isinstance(setting, kind):
                 technique.apply(parts, setting)
     return parts
+
+
+def change(parts: Parts, before: Plan, after: Plan) -> None:
+    """Arrange `parts`, on which `before` was applied, as `after` says; no weight is read anew.
+
+    From the first pass in ORDER on whose setting differs, all are removed, the last one first, and applied again.
+    """
+    old, new = ({type(s): s for s in plan.settings} for plan in (before, after))
+    values = [[of[kind].value if kind in of else None for of in (old, new)] for kind, _ in ORDER]
+    first = next((place for place, (was, will) in enumerate(values) if was != will), len(ORDER))
+    for _, technique in reversed(ORDER[first:]):
+        technique.remove(parts)
+    for kind, technique in ORDER[first:]:
+        if kind in new:
+            technique.apply(parts, new[kind])

@@ -14,7 +14,7 @@ import torch
 from framefit.families.parts import Parts
 from framefit.plan import Guidance
 
-__all__ = ["apply", "guided"]
+__all__ = ["apply", "guided", "remove"]
 
 NEGATIVE, POSITIVE, BOTH = slice(0, 1), slice(-1, None), slice(None)
 """Guidance branches on the first axis of the conditioning; without guidance the positive one stands alone."""
@@ -22,6 +22,10 @@ NEGATIVE, POSITIVE, BOTH = slice(0, 1), slice(-1, None), slice(None)
 
 def apply(parts: Parts, setting: Guidance) -> None:
     parts.branches = "together" if setting.value == "together" else "apart"
+
+
+def remove(parts: Parts) -> None:
+    parts.branches = "together"
 
 
 def guided(parts: Parts, forward: Callable[[slice], torch.Tensor], scale: float) -> torch.Tensor:

@@ -28,16 +28,19 @@ from framefit.passes import chunk
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
 
-__all__ = ["Component", "Offloaded", "apply", "placed"]
+__all__ = ["Component", "Offloaded", "apply", "placed", "remove"]
 
 EMBEDDING = "framefit.offload.embedding"
 
 
 def apply(parts: Parts, setting: Offload) -> None:
     """Raises `UsageError` where more blocks are to stay than there are to stream."""
-    if setting.level == "none":
-        return
     models = {name: part for name, part in parts.components.items() if isinstance(part, nn.Module)}
+    if setting.level == "none":
+        for model in models.values():
+            if any(tensor.device != parts.device for tensor in weights(model)):
+                model.to(parts.device)
+        return
     blocks = min((len(_blocks(models[expert])) for expert in parts.checkpoint.experts), default=0)
     if 0 < blocks <= setting.kept:
         raise UsageError(
@@ -47,6 +50,16 @@ def apply(parts: Parts, setting: Offload) -> None:
         )
     transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in weights(model)))
     parts.placement = Offloaded(models, parts.checkpoint.experts, setting, transfer)
+
+
+def remove(parts: Parts) -> None:
+    """The weights stay on the host, in the memory that they were packed into, until something moves them."""
+    if (found := placed(parts)) is None:
+        return
+    found.use(())
+    for component in found.components.values():
+        component.remove()
+    parts.placement = None
 
 
 def placed(parts: Parts) -> Offloaded | None:
@@ -126,6 +139,8 @@ class Component:
         for table in tables:
             if table.weight.is_cuda:
                 table.weight.data = table.weight.data.cpu()
+            elif table.weight.untyped_storage().nbytes() > table.weight.nbytes:  # else it would keep an earlier slab
+                table.weight.data = table.weight.data.clone()
             HookRegistry.check_if_exists_or_initialize(table).register_hook(_OnHost(), EMBEDDING)
         slabs = tuple(transfer.slab(tensors) for tensors in whole if tensors)
         stream = Stream(units, transfer)

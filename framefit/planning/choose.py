@@ -17,7 +17,7 @@ from framefit.plan import Chunk, Estimate, Guidance, Offload, Plan, Quantize, Se
 from framefit.planning.asked import asked
 from framefit.request import Request, ResolvedRequest
 
-__all__ = ["choose", "component_bytes"]
+__all__ = ["choose", "component_bytes", "untouched"]
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -183,14 +183,18 @@ def _precision(wanted: str | None, device: Device, reasons: dict[str, str]) -> s
 
 
 def _settings(checkpoint: Checkpoint, explicit: Mapping[str, Setting]) -> tuple[Setting, ...]:
+    return tuple(explicit.get(setting.type, setting) for setting in untouched(checkpoint))
+
+
+def untouched(checkpoint: Checkpoint) -> tuple[Setting, ...]:
+    """As the model's own pipeline runs."""
     together = "together" if checkpoint.batched_guidance else "apart"
-    usual = (
+    return (
         Guidance(value=together, because="as the reference pipeline runs them"),
         Quantize(value="none", because="8 bits would round the weights"),
         Chunk(value="none", because="whole forwards are the fastest"),
         Offload(value="none", because="weights on the device are the fastest"),
     )
-    return tuple(explicit.get(setting.type, setting) for setting in usual)
 
 
 def component_bytes(checkpoint: Checkpoint, precision: str) -> dict[str, int]:

@@ -215,7 +215,7 @@ def _serving_all(pipeline: Pipeline) -> Pipeline:
     if set(pipeline.experts()) == set(checkpoint.experts):
         return pipeline
     steps = max(plan.request.steps, checkpoint.steps)
-    return Pipeline(replace(plan, request=replace(plan.request, steps=steps)), pipeline.parts)
+    return Pipeline(replace(plan, request=replace(plan.request, steps=steps)), pipeline.parts, ladder=False)
 
 
 def _phases(

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import framefit.run
 from framefit import rates, smi
 from framefit.cli import main
 from framefit.device import Device
@@ -103,9 +102,12 @@ def test_a_run_that_outgrows_its_limit_says_so(photo: Path, tmp_path: Path, monk
     weights = prepare(request_for(photo), options)[1].estimate.weights_bytes
     torch.cuda.empty_cache()
     limit = max(weights, torch.cuda.memory_reserved(CARD)) + 2 * MIB
-    monkeypatch.setattr(framefit.run, "check_runs", lambda plan, checkpoint: plan)  # which would refuse it unseen
-    with pytest.raises(DoesNotFit, match="GiB of --vram ran out in the phase"):
-        generate(request_for(photo), tmp_path / "a.mp4", Options(vram_bytes=limit, checkpoints=None))
+    # which would refuse it unseen
+    monkeypatch.setattr("framefit.run.check_runs", lambda plan, checkpoint, tier: plan)
+    asked = {"guidance": "apart", "offload": "none"}
+    options = Options(vram_bytes=limit, checkpoints=None, settings=asked)
+    with pytest.raises(DoesNotFit, match=r"GiB of --vram ran out in the phase .*leave out --set"):
+        generate(request_for(photo), tmp_path / "a.mp4", options)
     assert not (tmp_path / "a.mp4").exists()
 
 

@@ -1,0 +1,51 @@
+"""What an out-of-memory error says: which memory ran out, what was asked for, and what was held."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+
+from framefit.ledger.steps import read_memory
+
+__all__ = ["Shortage"]
+
+CARD = ("CUDA error: out of memory", "CUDA driver error: out of memory", "STATUS_ALLOC_FAILED")
+"""In what torch raises where not its own allocator failed but CUDA, cuBLAS or cuDNN."""
+RAM = "can't allocate memory"
+"""In the plain RuntimeError that torch raises where the CPU's allocator fails."""
+ASKED = re.compile(r"ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shortage:
+    """Memory that ran out. Holds nothing of the error, whose frames hold tensors."""
+
+    of: Literal["card", "RAM"]
+    asked_bytes: int | None
+    """None where the error does not say."""
+    held_bytes: int
+    """Allocated on the card just then, or resident in RAM without one."""
+
+    @classmethod
+    def told(cls, error: BaseException, device: str) -> Self | None:
+        """None where `error` is about something else.
+
+        Args:
+            device: "cpu" or "cuda:N".
+        """
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in CARD):
+            of: Literal["card", "RAM"] = "card"
+        elif isinstance(error, MemoryError) or RAM in text:
+            of = "RAM"
+        else:
+            return None
+        asked, held = ASKED.search(text), read_memory(device)
+        return cls(
+            of=of, held_bytes=held.host_bytes if held.allocated_bytes is None else held.allocated_bytes,
+            asked_bytes=int(float(asked[1]) * UNITS[asked[2]]) if asked else None,
+        )  # fmt: skip
