@@ -20,7 +20,7 @@ from framefit.cards import CARDS
 from framefit.errors import DoesNotFit, UsageError
 from framefit.rates import Unseen
 
-__all__ = ["Device"]
+__all__ = ["Device", "state_folder"]
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 GIB = 2**30
@@ -50,7 +50,7 @@ class Device:
     """What this process may use: the control group's limit where there is one."""
     ram_free_bytes: int
     disk_free_bytes: int
-    """In the folder that temporary files go to."""
+    """In the user's state folder, where temporary files go."""
 
     @classmethod
     def find(cls, which: str = "auto", *, vram_bytes: int | None = None, ram_bytes: int | None = None) -> Self:
@@ -232,11 +232,17 @@ def _segments_expand() -> bool:
     return any("expandable_segments:true" in os.environ.get(name, "").lower() for name in names)
 
 
-def _host() -> dict[str, Any]:
-    import tempfile
+def state_folder() -> Path:
+    """What a run leaves for another one, and what it writes for itself (on Linux $XDG_STATE_HOME/framefit)."""
+    import platformdirs
 
+    return Path(platformdirs.user_state_dir("framefit"))
+
+
+def _host() -> dict[str, Any]:
     total, free = _memory()
-    disk = shutil.disk_usage(tempfile.gettempdir()).free
+    folder = state_folder().absolute()
+    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     return {"ram_total_bytes": total, "ram_free_bytes": free, "disk_free_bytes": disk}
 
 

@@ -26,9 +26,9 @@ from framefit.families import Checkpoint, family_of, hub, lora
 from framefit.families.files import check_headers
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors, load_parts
 from framefit.ledger import Ledger
-from framefit.passes import apply_all
+from framefit.passes import apply_all, offload
 from framefit.passes.guidance import guided
-from framefit.plan import Plan
+from framefit.plan import Offload, Plan
 from framefit.schedule import Schedule
 from framefit.video import Frame, Video
 
@@ -65,10 +65,22 @@ def load(plan: Plan, checkpoint: Checkpoint, ledger: Ledger | None = None) -> Pi
         check_headers(folder, checkpoint)
         parts = load_parts(
             checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id),
-            on_host=plan.offload != "none",
+            on_host=plan.offload != "none", arrived=partial(_arrived, plan),
         )  # fmt: skip
-        lora.merge(parts, plan.request.loras)
-        return Pipeline(plan, apply_all(parts, plan), ledger)
+        try:
+            return Pipeline(plan, apply_all(parts, plan), ledger)
+        except BaseException:
+            parts.close()
+            raise
+
+
+def _arrived(plan: Plan, parts: Parts, name: str) -> None:
+    """What is done to a component before the next one is read, so that not all of them need be in memory at once."""
+    if name in parts.checkpoint.experts:
+        lora.merge_one(parts, name, plan.request.loras)
+    for setting in plan.settings:
+        if isinstance(setting, Offload):
+            offload.keep(parts, name, setting)
 
 
 class Pipeline:
@@ -155,12 +167,14 @@ class Pipeline:
         for index in range(state.step, len(schedule)):
             t = schedule.timesteps[index]
             expert, scale = self._expert(t, schedule)
+            following = self._expert(schedule.timesteps[min(index + 1, len(schedule) - 1)], schedule)[0]
+            if following != expert:  # its weights may be fetched while this one takes its last step
+                self.parts.expect(following)
             began = time.perf_counter()
             with self.ledger.phase(f"denoise:{expert}"):
                 noisy = state.latents
                 prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale)
-                if index + 1 < len(schedule):  # its weights may come while this step is finished and saved
-                    self.parts.use(self._expert(schedule.timesteps[index + 1], schedule)[0])
+                self.parts.use(following)  # they may come while this step is finished and saved
                 state.latents = schedule.step(prediction, t, noisy)
                 state.step, state.scheduler = index + 1, schedule.state()
             seconds = time.perf_counter() - began
@@ -195,6 +209,10 @@ class Pipeline:
                     self._to_fp32(("vae",), error)
         finally:
             self.parts.use()
+
+    def close(self) -> None:
+        """It makes no more videos: nothing of it is left on the device or on disk."""
+        self.parts.close()
 
     def experts(self) -> tuple[str, ...]:
         """Who denoises at each step of the request."""

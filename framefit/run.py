@@ -176,8 +176,8 @@ def _execute(
     writer = _writer(run, plan.request.steps, options) if run else None
     crf = options.crf if options.crf is not None else run.crf if run else DEFAULT_CRF
     try:
-        with plan.device.capped(), _finishing(writer):
-            pipeline = load(plan, checkpoint, ledger)
+        with plan.device.capped(), _finishing(writer), contextlib.ExitStack() as stack:
+            pipeline = stack.enter_context(contextlib.closing(load(plan, checkpoint, ledger)))
             frames = pipeline.run(
                 state=state, on_step=_listening(plan, options), save=writer, cancelled=options.cancelled
             )

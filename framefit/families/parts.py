@@ -64,6 +64,11 @@ class Parts:
         if self.placement:
             self.placement.use([name for name in names if name in self])
 
+    def expect(self, name: str) -> None:
+        """A component will be used before long: its weights may be fetched beside what runs."""
+        if self.placement:
+            self.placement.expect(name)
+
     def cast(self, name: str, dtype: torch.dtype) -> None:
         """Let a component compute in another precision."""
         if self.placement:
@@ -71,13 +76,22 @@ class Parts:
         else:
             self[name].to(dtype)
 
+    def close(self) -> None:
+        """Nothing computes any more: what weights took beside these objects is given back."""
+        if self.placement:
+            self.placement.close()
+
 
 class Placement(Protocol):
     """Where weights are when."""
 
     def use(self, names: Sequence[str]) -> None: ...
 
+    def expect(self, name: str) -> None: ...
+
     def cast(self, name: str, dtype: torch.dtype) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Family(Protocol):
@@ -112,20 +126,32 @@ class Family(Protocol):
 
 
 def load_parts(
-    checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype, device: torch.device, on_host: bool = False
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_host: bool = False,
+    arrived: Callable[[Parts, str], None] = lambda parts, name: None,
 ) -> Parts:
     """Read every component of a folder. Safetensors only, local files only, no remote code.
 
     Args:
         device: where they will compute.
         on_host: whether the weights go to the host, for a pass that moves them.
+        arrived: called with every component that has been read, before the next one is.
     """
-    components = {}
+    parts = Parts(checkpoint, {}, device)
     there = torch.device("cpu") if on_host else device
-    for row in checkpoint.components:
-        with _translated(folder / row.name, row):
-            components[row.name] = _load(checkpoint, row, folder / row.name, dtype, there)
-    return Parts(checkpoint, components, device)
+    try:
+        for row in checkpoint.components:
+            with _translated(folder / row.name, row):
+                parts.components[row.name] = _load(checkpoint, row, folder / row.name, dtype, there)
+            arrived(parts, row.name)
+    except BaseException:
+        parts.close()
+        raise
+    return parts
 
 
 def _load(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

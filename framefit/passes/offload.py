@@ -4,6 +4,7 @@
 - block: of a denoiser or a text encoder the blocks come one after another, each while the one before it computes;
   what lies outside of the blocks comes as a whole. With block:K, K blocks of a denoiser stay while it is at work.
 - leaf: the same layer by layer.
+- disk: as block, from files on disk; the host holds what is being read and no more.
 
 What is computed, and on which bits, is the same. Streaming follows diffusers' group offloading
 (hooks/group_offloading.py); the slabs, the two rooms that all blocks share, and the learned order are ours.
@@ -12,24 +13,41 @@ What is computed, and on which bits, is the same. Streaming follows diffusers' g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
+from framefit.device import Device
 from framefit.errors import UsageError
 from framefit.families.parts import TEXT_ENCODERS, Parts, weights
+from framefit.ledger.disk import DiskTransfer
 from framefit.ledger.live import block_bytes
-from framefit.ledger.transfer import Room, Slab, Transfer, transfer_for
+from framefit.ledger.transfer import NoTransfer, Room, Slab, Transfer, transfer_for
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
+from framefit.scratch import Scratch
 
-__all__ = ["Component", "Offloaded", "apply", "placed"]
+__all__ = ["Component", "Offloaded", "Split", "apply", "keep", "placed"]
 
 EMBEDDING = "framefit.offload.embedding"
+
+
+def keep(parts: Parts, name: str, setting: Offload) -> None:
+    """Where weights are to be on disk, write those of a component that has just been loaded: they leave the memory.
+
+    Raises:
+        DoesNotFit: the disk is full.
+    """
+    if setting.level != "disk" or not isinstance(parts[name], nn.Module):
+        return
+    placement = placed(parts) or _placement(parts, setting, transfer_for(parts.device))
+    parts.placement = placement
+    placement.keep(name, parts[name])
 
 
 def apply(parts: Parts, setting: Offload) -> None:
@@ -41,11 +59,22 @@ def apply(parts: Parts, setting: Offload) -> None:
     if 0 < blocks <= setting.kept:
         raise UsageError(
             f"offload={setting.value} keeps {setting.kept} blocks on the device and the denoiser of "
-            f"{parts.checkpoint.id} has {blocks}: use offload=block:K with K from 1 to {blocks - 1}, or offload=part "
-            f"for all of them."
+            f"{parts.checkpoint.id} has {blocks}: use offload={setting.level}:K with K from 1 to {blocks - 1}, or "
+            f"offload=part for all of them."
         )
-    transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in weights(model)))
-    parts.placement = Offloaded(models, parts.checkpoint.experts, setting, transfer)
+    placement = placed(parts)
+    if placement is None or placement.components:  # none, or that of another plan
+        transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in weights(model)))
+        placement = _placement(parts, setting, transfer)
+    placement.take(models)
+    parts.placement = placement
+
+
+def _placement(parts: Parts, setting: Offload, transfer: Transfer) -> Offloaded:
+    if setting.level != "disk" or isinstance(transfer, NoTransfer):
+        return Offloaded(parts.checkpoint.experts, setting, transfer)
+    scratch = Scratch.create()
+    return Offloaded(parts.checkpoint.experts, setting, DiskTransfer(transfer, scratch.path), scratch)
 
 
 def placed(parts: Parts) -> Offloaded | None:
@@ -57,22 +86,35 @@ class Offloaded:
     """Moves the components of a checkpoint; a `Placement`."""
 
     def __init__(
-        self, models: dict[str, nn.Module], experts: Sequence[str], setting: Offload, transfer: Transfer
+        self, experts: Sequence[str], setting: Offload, transfer: Transfer, scratch: Scratch | None = None
     ) -> None:
-        self.transfer = transfer
+        self.setting, self.transfer = setting, transfer
+        self.components: dict[str, Component] = {}
         self.in_use: tuple[str, ...] = ()
-        self._experts, self._setting = experts, setting
-        self.components = {name: self._component(name, model) for name, model in models.items()}
+        self._experts, self._scratch = experts, scratch
+
+    def keep(self, name: str, model: nn.Module) -> None:
+        """Write them to disk, before passes that may change them are applied."""
+        assert isinstance(self.transfer, DiskTransfer)
+        for tensors in Split.of(model, *self._how(name)).pieces():
+            self.transfer.keep(tensors)
+
+    def take(self, models: Mapping[str, nn.Module]) -> None:
+        """From here on their weights come and go."""
+        for name, model in models.items():
+            self.components[name] = Component.of(model, *self._how(name), self.transfer)
+        if isinstance(self.transfer, DiskTransfer):
+            self.transfer.kept.clear()  # what has changed since
 
     def use(self, names: Sequence[str]) -> None:
         wanted = tuple(name for name in names if name in self.components)
         gone = [name for name in self.in_use if name not in wanted]
         come = [name for name in wanted if name not in self.in_use]
+        self.in_use = tuple(name for name in self.in_use if name in wanted)
         for name in gone:
             self.components[name].away()
         if gone:
             self.transfer.trim()
-        self.in_use = tuple(name for name in self.in_use if name in wanted)
         for name in come:
             self.components[name].bring()
             self.in_use = (*self.in_use, name)
@@ -83,30 +125,55 @@ class Offloaded:
         component = self.components[name]
         component.remove()
         component.model.to(dtype)
-        self.components[name] = self._component(name, component.model)
+        self.take({name: component.model})
         self.use(before)
 
-    def _component(self, name: str, model: nn.Module) -> Component:
-        kept = self._setting.kept if name in self._experts else 0
+    def expect(self, name: str) -> None:
+        """What comes as a whole and the first unit, for which nothing computes meanwhile; more as memory is free."""
+        component = self.components[name]
+        slabs = [*component.whole, *(unit.slab for unit in component.stream.units)]
+        free = Device.detect("cpu").ram_free_bytes // 2
+        fit = sum(bytes <= free for bytes in accumulate(slab.bytes for slab in slabs))
+        self.transfer.expect(slabs[: max(fit, len(component.whole) + 1)])
+
+    @property
+    def slab_bytes(self) -> list[int]:
+        """Of all that moves."""
+        components = self.components.values()
+        return [
+            *(s.bytes for c in components for s in c.whole),
+            *(u.slab.bytes for c in components for u in c.stream.units),
+        ]
+
+    def close(self) -> None:
+        try:
+            self.use(())
+        finally:
+            self.transfer.close()
+            if self._scratch:
+                self._scratch.remove()
+
+    def _how(self, name: str) -> tuple[str, int]:
+        """(part, block or leaf; how many blocks stay) for a component."""
+        level = "block" if self.setting.level == "disk" else self.setting.level
         streams = name in self._experts or name in TEXT_ENCODERS
-        return Component.of(model, self._setting.level if streams else "part", kept, self.transfer)
+        return level if streams else "part", self.setting.kept if name in self._experts else 0
 
 
-@dataclass(eq=False, slots=True)
-class Component:
-    """One component: what comes as a whole, what streams, and what stays on the host for good."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Split:
+    """How the tensors of a component are divided; nothing is touched."""
 
-    model: nn.Module
-    whole: tuple[Slab, ...]
-    stream: Stream
-    transfer: Transfer
-    embeddings: tuple[nn.Embedding, ...]
+    whole: tuple[Sequence[torch.Tensor], ...]
+    """That come when it does: what is outside of the units, and the units that stay."""
+    units: tuple[tuple[nn.Module, Sequence[torch.Tensor]], ...]
+    """That stream, in the model's order."""
+    tables: tuple[nn.Embedding, ...]
     """Token tables: a prompt needs a few rows of them, which are looked up where the table is."""
-    _rooms: list[Room] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module, level: str, kept: int, transfer: Transfer) -> Component:
-        """Pack it."""
+    def of(cls, model: nn.Module, level: str, kept: int) -> Split:
+        """With the level part, block or leaf, and of so many units that stay."""
         modules = {"part": [], "block": _blocks(model), "leaf": _leaves(model)}[level]
         tables = () if level == "part" else _token_tables(model)
         at_home = {id(table.weight) for table in tables}
@@ -119,18 +186,48 @@ class Component:
         outside = [t for t in weights(model) if id(t) not in moving and id(t) not in at_home]
         stay = _spread(kept, len(modules))
         whole = [outside, *(owned[modules[index]] for index in sorted(stay))]
-        units = [
-            Unit(module, transfer.slab(owned[module])) for index, module in enumerate(modules) if index not in stay
-        ]
-        for table in tables:
-            if table.weight.is_cuda:
-                table.weight.data = table.weight.data.cpu()
+        units = tuple((module, owned[module]) for index, module in enumerate(modules) if index not in stay)
+        return cls(tuple(tensors for tensors in whole if tensors), units, tables)
+
+    def pieces(self) -> Iterator[Sequence[torch.Tensor]]:
+        """Tensors that lie together."""
+        yield from self.whole
+        yield from (tensors for _, tensors in self.units)
+        yield from ([table] for table in self.table_weights)
+
+    @property
+    def table_weights(self) -> list[torch.Tensor]:
+        """Once, where several modules share a table."""
+        return list({id(table.weight): table.weight for table in self.tables}.values())
+
+
+@dataclass(eq=False, slots=True)
+class Component:
+    """One component: what comes as a whole, what streams, and what stays on the host for good."""
+
+    model: nn.Module
+    whole: tuple[Slab, ...]
+    stream: Stream
+    transfer: Transfer
+    embeddings: tuple[nn.Embedding, ...]
+    """Token tables, which are looked up on the host."""
+    held: tuple[object, ...] = ()
+    """What keeps them there."""
+    _rooms: list[Room] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, level: str, kept: int, transfer: Transfer) -> Component:
+        """Pack it."""
+        split = Split.of(model, level, kept)
+        slabs = tuple(transfer.slab(tensors) for tensors in split.whole)
+        units = [Unit(module, transfer.slab(tensors)) for module, tensors in split.units]
+        held = tuple(transfer.stay(table) for table in split.table_weights)
+        for table in split.tables:
             HookRegistry.check_if_exists_or_initialize(table).register_hook(_OnHost(), EMBEDDING)
-        slabs = tuple(transfer.slab(tensors) for tensors in whole if tensors)
         stream = Stream(units, transfer)
-        if level == "block" and len(_rows(model)) == 1:
+        if level == "block" and len(_rows(model)) == 1 and units:
             stream.expect(units)
-        return cls(model, slabs, stream, transfer, tables)
+        return cls(model, slabs, stream, transfer, split.tables, held)
 
     def bring(self) -> None:
         """To the device."""
@@ -140,12 +237,12 @@ class Component:
                 self._rooms.append(room)
                 self.transfer.copy(slab, room)
             self.stream.open()
-        except torch.OutOfMemoryError:
+            for slab, room in zip(self.whole, self._rooms, strict=True):
+                self.transfer.wait(room)
+                self.transfer.point(slab, room)
+        except BaseException:  # an interrupt too: it must be able to come again
             self.away()
             raise
-        for slab, room in zip(self.whole, self._rooms, strict=True):
-            self.transfer.wait(room)
-            self.transfer.point(slab, room)
 
     def away(self) -> None:
         """Nothing of it is on the device."""

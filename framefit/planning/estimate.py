@@ -13,6 +13,7 @@ import math
 from dataclasses import replace
 
 from framefit import rates
+from framefit.device import state_folder
 from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Estimate, PhaseEstimate, Plan
@@ -63,10 +64,18 @@ def check_fits(plan: Plan) -> None:
         return
     if not plan.host_fits:
         need = max(phase.host_bytes for phase in plan.estimate.phases)
+        less = "" if plan.offload == "disk" else "offload=disk, "
         raise DoesNotFit(
             f"{plan.request.model} with offload={plan.offload} keeps {need / 2**30:.1f} GiB in RAM and "
-            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: free some, use offload=none, or a smaller model "
-            f"(framefit models ls)."
+            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: free some, use {less}offload=none, or a smaller "
+            f"model (framefit models ls)."
+        )
+    if not plan.disk_fits:
+        need = max(phase.disk_bytes for phase in plan.estimate.phases)
+        raise DoesNotFit(
+            f"{plan.request.model} with offload=disk writes {need / 2**30:.1f} GiB of weights below {state_folder()} "
+            f"and {plan.device.disk_free_bytes / 2**30:.1f} GiB are free there: make room, set XDG_STATE_HOME to "
+            f"another disk, or use offload=block."
         )
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding
     what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
@@ -107,7 +116,8 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
         seconds=_seconds(trace, steps_of(request, checkpoint).get(trace.name.removeprefix("denoise:"), 1), known),
         peak_vram_bytes=weights + _reserved(trace, known) if on_card else 0,
         host_bytes=trace.host_bytes + video + (0 if on_card else weights + trace.peak_bytes),
-        disk_bytes=0,
+        pinned_bytes=trace.pinned_bytes if on_card else 0,
+        disk_bytes=trace.disk_bytes,
         held=dict(sorted(held.items(), key=lambda each: -each[1])[:NAMED]),
     )
 
@@ -133,14 +143,16 @@ def _seconds(trace: PhaseTrace, times: int, known: Rates | None) -> float | None
 
 
 def _load(plan: Plan, checkpoint: Checkpoint) -> PhaseEstimate:
-    """Every component is read to the host whole, and then moved, unless it stays there."""
+    """Every component is read to the host whole, and then moved or written to disk, unless it stays there."""
     sizes = component_bytes(checkpoint, plan.precision)
     held = {f"weights of the {name}": size for name, size in sorted(sizes.items(), key=lambda each: -each[1])}
-    stays = plan.device.id == "cpu" or plan.offload != "none"
-    on_card = 0 if stays else sum(sizes.values())
+    on_disk = plan.offload == "disk"
+    stays = (plan.device.id == "cpu" or plan.offload != "none") and not on_disk
+    on_card = 0 if stays or on_disk else sum(sizes.values())
     host = sum(sizes.values()) if stays else max(sizes.values())
     return PhaseEstimate(
-        name="load", seconds=None, peak_vram_bytes=on_card, host_bytes=host, disk_bytes=0, held=held
+        name="load", seconds=None, peak_vram_bytes=on_card, host_bytes=host,
+        disk_bytes=sum(sizes.values()) if on_disk else 0, held=held,
     )  # fmt: skip
 
 

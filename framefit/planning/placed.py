@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from framefit.families.parts import Parts
+from framefit.ledger.disk import staging_bytes
 from framefit.passes import offload
 
 __all__ = ["Placed", "placed", "watch"]
@@ -23,6 +24,7 @@ class Placed:
     pinned_bytes: int = 0
     onload_bytes: int = 0
     """That come to the device as a whole when the phase begins."""
+    disk_bytes: int = 0
 
 
 def watch(parts: Parts, asked: Callable[[int], None]) -> None:
@@ -52,6 +54,11 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
             whole = weights[name] - component.embeddings_bytes - moving
             device[name], onload = whole + component.stream.rooms_bytes, onload + whole
     host = sum(weights.values())
+    if found.setting.level == "disk":
+        staging = staging_bytes(max(found.slab_bytes))
+        return Placed(
+            device_bytes=device, host_bytes=staging, pinned_bytes=staging, onload_bytes=onload, disk_bytes=host
+        )  # fmt: skip
     unpinned = sum(component.embeddings_bytes for component in found.components.values())
     return Placed(device_bytes=device, host_bytes=host, pinned_bytes=host - unpinned, onload_bytes=onload)
 
