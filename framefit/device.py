@@ -251,17 +251,24 @@ def _memory() -> tuple[int, int]:
     import psutil
 
     memory = psutil.virtual_memory()
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, stat, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         try:
             ceiling, current = (int((CONTROL_GROUP / name).read_text()) for name in (limit, used))
         except (OSError, ValueError):
             continue
         if ceiling < memory.total:
-            return ceiling, min(memory.available, ceiling - current)
+            return ceiling, min(memory.available, ceiling - current + _cached(CONTROL_GROUP / stat, cache))
     return memory.total, memory.available
+
+
+def _cached(stat: Path, name: str) -> int:
+    """Bytes of cached files, which the system drops where memory is needed; 0 where it does not tell."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        return next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith(f"{name} "))
+    return 0
 
 
 def _cpu_name() -> str:

@@ -40,12 +40,14 @@ class FiledSlab(Slab):
     """Its bytes are in a file, which goes with it."""
 
     file: Path
+    _begin: int
+    """Of its bytes in the file."""
 
     def write(self, file: Path) -> None:
         """Raises `OSError` or `SafetensorError`, as on a full disk."""
         self.pack(partial(torch.empty, dtype=torch.uint8))
         save_file({NAME: self.host}, file)
-        self.file = file
+        self.file, self._begin = file, file.stat().st_size - self.bytes
         weakref.finalize(self, file.unlink, missing_ok=True).atexit = False  # the folder goes as a whole
         with safe_open(file, framework="pt") as stream:
             self.lie(stream.get_tensor(NAME))
@@ -53,7 +55,7 @@ class FiledSlab(Slab):
     def open(self) -> BinaryIO:
         """At its first byte."""
         stream = self.file.open("rb", buffering=0)
-        stream.seek(self.file.stat().st_size - self.bytes)  # the tensor is the end of the file
+        stream.seek(self._begin)
         return stream
 
 

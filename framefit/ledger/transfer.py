@@ -157,9 +157,6 @@ class Transfer:
         """The first bytes of a piece, as `put` does."""
         self.put(piece.memory[:bytes], room, at)
 
-    def expect(self, slabs: Sequence[Slab]) -> None:
-        """These are needed before long, in this order."""
-
     def wait(self, room: Room) -> None:
         """What is computed from here on may read the room."""
 

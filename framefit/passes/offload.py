@@ -12,11 +12,9 @@ What is computed, and on which bits, is the same. Streaming follows diffusers' g
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -28,11 +26,12 @@ from framefit.families.parts import TEXT_ENCODERS, Parts, weights
 from framefit.ledger.disk import DiskTransfer
 from framefit.ledger.live import block_bytes
 from framefit.ledger.transfer import NoTransfer, Room, Slab, Transfer, transfer_for
+from framefit.passes.split import Split, blocks, rows
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
 from framefit.scratch import Scratch
 
-__all__ = ["Component", "Offloaded", "Split", "apply", "keep", "placed"]
+__all__ = ["Component", "Offloaded", "apply", "keep", "placed"]
 
 EMBEDDING = "framefit.offload.embedding"
 
@@ -55,19 +54,19 @@ def apply(parts: Parts, setting: Offload) -> None:
     if setting.level == "none":
         return
     models = {name: part for name, part in parts.components.items() if isinstance(part, nn.Module)}
-    blocks = min((len(_blocks(models[expert])) for expert in parts.checkpoint.experts), default=0)
-    if 0 < blocks <= setting.kept:
+    fewest = min((len(blocks(models[expert])) for expert in parts.checkpoint.experts), default=0)
+    if 0 < fewest <= setting.kept:
         raise UsageError(
             f"offload={setting.value} keeps {setting.kept} blocks on the device and the denoiser of "
-            f"{parts.checkpoint.id} has {blocks}: use offload={setting.level}:K with K from 1 to {blocks - 1}, or "
+            f"{parts.checkpoint.id} has {fewest}: use offload={setting.level}:K with K from 1 to {fewest - 1}, or "
             f"offload=part for all of them."
         )
     placement = placed(parts)
     if placement is None or placement.components:  # none, or that of another plan
         transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in weights(model)))
         placement = _placement(parts, setting, transfer)
-    placement.take(models)
     parts.placement = placement
+    placement.take(models)
 
 
 def _placement(parts: Parts, setting: Offload, transfer: Transfer) -> Offloaded:
@@ -130,6 +129,8 @@ class Offloaded:
 
     def expect(self, name: str) -> None:
         """What comes as a whole and the first unit, for which nothing computes meanwhile; more as memory is free."""
+        if not isinstance(self.transfer, DiskTransfer):
+            return
         component = self.components[name]
         slabs = [*component.whole, *(unit.slab for unit in component.stream.units)]
         free = Device.detect("cpu").ram_free_bytes // 2
@@ -160,47 +161,6 @@ class Offloaded:
         return level if streams else "part", self.setting.kept if name in self._experts else 0
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Split:
-    """How the tensors of a component are divided; nothing is touched."""
-
-    whole: tuple[Sequence[torch.Tensor], ...]
-    """That come when it does: what is outside of the units, and the units that stay."""
-    units: tuple[tuple[nn.Module, Sequence[torch.Tensor]], ...]
-    """That stream, in the model's order."""
-    tables: tuple[nn.Embedding, ...]
-    """Token tables: a prompt needs a few rows of them, which are looked up where the table is."""
-
-    @classmethod
-    def of(cls, model: nn.Module, level: str, kept: int) -> Split:
-        """With the level part, block or leaf, and of so many units that stay."""
-        modules = {"part": [], "block": _blocks(model), "leaf": _leaves(model)}[level]
-        tables = () if level == "part" else _token_tables(model)
-        at_home = {id(table.weight) for table in tables}
-        shared = _shared(modules)
-        owned = {
-            module: [t for t in weights(module) if id(t) not in at_home and id(t) not in shared] for module in modules
-        }
-        modules = [module for module in modules if owned[module]]
-        moving = {id(tensor) for tensors in owned.values() for tensor in tensors}
-        outside = [t for t in weights(model) if id(t) not in moving and id(t) not in at_home]
-        stay = _spread(kept, len(modules))
-        whole = [outside, *(owned[modules[index]] for index in sorted(stay))]
-        units = tuple((module, owned[module]) for index, module in enumerate(modules) if index not in stay)
-        return cls(tuple(tensors for tensors in whole if tensors), units, tables)
-
-    def pieces(self) -> Iterator[Sequence[torch.Tensor]]:
-        """Tensors that lie together."""
-        yield from self.whole
-        yield from (tensors for _, tensors in self.units)
-        yield from ([table] for table in self.table_weights)
-
-    @property
-    def table_weights(self) -> list[torch.Tensor]:
-        """Once, where several modules share a table."""
-        return list({id(table.weight): table.weight for table in self.tables}.values())
-
-
 @dataclass(eq=False, slots=True)
 class Component:
     """One component: what comes as a whole, what streams, and what stays on the host for good."""
@@ -225,7 +185,7 @@ class Component:
         for table in split.tables:
             HookRegistry.check_if_exists_or_initialize(table).register_hook(_OnHost(), EMBEDDING)
         stream = Stream(units, transfer)
-        if level == "block" and len(_rows(model)) == 1 and units:
+        if level == "block" and len(rows(model)) == 1 and units:
             stream.expect(units)
         return cls(model, slabs, stream, transfer, split.tables, held)
 
@@ -279,43 +239,3 @@ class _OnHost(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = self.fn_ref.original_forward(ids.to(module.weight.device))
         return rows.to(ids.device)
-
-
-def _rows(model: nn.Module) -> list[nn.ModuleList]:
-    """The outermost lists whose modules are all of one class: what a model repeats."""
-
-    def search(module: nn.Module) -> Iterator[nn.ModuleList]:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len({type(each) for each in child}) == 1 and weights(child):
-                yield child
-            else:
-                yield from search(child)
-
-    return list(search(model))
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for row in _rows(model) for block in row]
-
-
-def _leaves(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if not any(module.children()) and weights(module)]
-
-
-def _token_tables(model: nn.Module) -> tuple[nn.Embedding, ...]:
-    """Every module that looks tokens up; several can share a table."""
-    ask: Callable[[], Any] = getattr(model, "get_input_embeddings", lambda: None)
-    found = ask()
-    same = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    return tuple(module for module in same if isinstance(found, nn.Embedding) and module.weight is found.weight)
-
-
-def _shared(modules: Sequence[nn.Module]) -> set[int]:
-    """Tensors that several modules hold."""
-    held = Counter(id(tensor) for module in modules for tensor in weights(module))
-    return {tensor for tensor, times in held.items() if times > 1}
-
-
-def _spread(kept: int, blocks: int) -> set[int]:
-    """Which blocks stay: evenly among the others, so that the copies have time between them."""
-    return {i for i in range(blocks) if (i + 1) * kept // blocks > i * kept // blocks}
