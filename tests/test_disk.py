@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import gc
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -24,7 +25,7 @@ from framefit.device import Device, state_folder
 from framefit.errors import DoesNotFit, FramefitError
 from framefit.families import Checkpoint, lora
 from framefit.families.parts import Parts, load_parts, weights
-from framefit.ledger import disk
+from framefit.ledger import Ledger, disk
 from framefit.ledger.disk import DiskTransfer, FiledSlab
 from framefit.ledger.transfer import Transfer
 from framefit.passes import apply_all, offload
@@ -311,10 +312,9 @@ def live(root: Path, folder: Any, ready: Any) -> None:
     ready.wait()
 
 
-def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    told, ready = context.SimpleQueue(), context.Event()
-    process = context.Process(target=live, args=(tmp_path, told, ready))
+def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path: Path, fork: ForkServerContext) -> None:
+    told, ready = fork.SimpleQueue(), fork.Event()
+    process = fork.Process(target=live, args=(tmp_path, told, ready))
     process.start()
     theirs: Path = told.get()
     ours = Scratch.create(tmp_path)
@@ -334,3 +334,53 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FramefitError, match="set XDG_STATE_HOME to a folder that can be written"):
         Scratch.create(tmp_path / "file" / "below")
+
+
+MEDIUM = {"num_attention_heads": 6, "attention_head_dim": 128, "ffn_dim": 3072, "num_layers": 4}
+"""Experts of 150 MB, in blocks of 38 MB."""
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    with pytest.MonkeyPatch.context() as patch:
+        small = {**testing.TINY["WanTransformer3DModel"], **MEDIUM}
+        patch.setattr(testing, "TINY", {**testing.TINY, "WanTransformer3DModel": small})
+        yield save_tiny(A14B, tmp_path_factory.mktemp("medium"))
+
+
+def measure(state_home: str, first: tuple[Plan, Checkpoint], plan: Plan, row: Checkpoint, told: Any) -> None:
+    """In a process of its own: resident bytes at the peak of each phase, over what was there when it began."""
+    os.environ["XDG_STATE_HOME"] = state_home
+    torch.set_num_threads(1)
+    latents(load(*first))  # whatever is imported or kept for good comes now
+    before, ledger = psutil.Process().memory_info().rss, Ledger("cpu")
+    pipeline = load(plan, row, ledger)
+    latents(pipeline)
+    found = {phase.name: phase.peak_bytes - before for phase in ledger.close()}
+    pipeline.close()
+    told.put(found)
+
+
+@pytest.mark.parametrize("value", ["block", "disk", "disk:2"])
+def test_the_host_holds_what_was_said(
+    value: str, medium: Checkpoint, tiny: Callable[[str], Checkpoint], make_plan: Make, fork: ForkServerContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(disk, "PIECE_BYTES", 2**25)
+    first = make_plan(tiny(A14B), settings={"offload": value.partition(":")[0]}), tiny(A14B)
+    plan = make_plan(medium, settings={"offload": value}, steps=2)
+    told = fork.SimpleQueue()
+    process = fork.Process(target=measure, args=(os.environ["XDG_STATE_HOME"], first, plan, medium, told))
+    process.start()
+    found = told.get()
+    process.join()
+    said = {phase.name: phase.host_bytes for phase in estimated(plan, medium).estimate.phases}
+    experts = {name for name in said if name.startswith("denoise")}
+    assert experts <= set(found)
+    for name in experts:
+        # the first expert has not been everywhere in the pieces, which pinned they would be
+        assert said[name] == pytest.approx(max(found[name] for name in experts), rel=0.1), name
+    whole = sum(file.stat().st_size for name in medium.experts for file in (medium.folder / name).glob("*.safetensors"))
+    assert (whole < found["denoise:transformer"]) == (value == "block")
+    if value != "block":  # beside the component its largest slab, on its way to the file
+        assert 0.9 * said["load"] <= found["load"] <= 1.1 * said["load"] + 2**26

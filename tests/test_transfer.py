@@ -11,6 +11,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +21,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from framefit.errors import DoesNotFit
+from framefit.families import Checkpoint
+from framefit.families.parts import Parts
 from framefit.ledger import disk, transfer
 from framefit.ledger.disk import DiskTransfer
 from framefit.ledger.transfer import CardTransfer, Room, Slab, Transfer
+from framefit.passes import apply_all, offload
 from framefit.passes.offload import Component
+from framefit.plan import Plan
+from framefit.planning import dryrun
 
 CPU = torch.device("cpu")
 
@@ -264,6 +270,30 @@ def waits(self: Stream, event: Event) -> None:
             Stream.played.step()
 
 
+@pytest.mark.parametrize("value", ["part", "block", "leaf", "disk"])
+def test_pinned_bytes_are_those_of_the_weights_and_no_more_than_was_said(
+    value: str, runtime: Runtime, tiny: Callable[[str], Checkpoint], make_plan: Callable[..., Plan],
+    load_fp32: Callable[[Checkpoint], Parts],
+) -> None:  # fmt: skip
+    """Whole pages: of tiny models they are a part that they are not of large ones."""
+    row = tiny("wan2.2-i2v-a14b")
+    plan = make_plan(row, settings={"offload": value})
+    parts = load_fp32(row)
+    parts.device = torch.device("cuda:0")
+    plan = replace(plan, device=replace(plan.device, id="cuda:0"))
+    apply_all(parts, plan)
+    placement = offload.placed(parts)
+    assert placement is not None
+    said = max(phase.pinned_bytes for phase in dryrun.trace(plan, row))
+    if value == "disk":
+        assert said == disk.staging_bytes(max(placement.slab_bytes))
+        assert not runtime.pinned, "none before it is used"
+    else:
+        assert 0 <= sum(runtime.pinned.values()) - said <= 4096 * len(placement.slab_bytes)
+        assert said == sum(placement.slab_bytes)
+    parts.close()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("again", [False, True], ids=["goes on", "comes again"])
@@ -350,8 +380,18 @@ def test_slabs_are_pinned_byte_for_byte_and_given_back(runtime: Runtime) -> None
     assert weights[0].sum() == kept, "whoever still looks at the weights finds them"
 
 
-def test_memory_that_cannot_be_pinned_is_told(runtime: Runtime) -> None:
-    runtime.code = 2
-    with pytest.raises(DoesNotFit, match=r"cannot be pinned \(error 2\)"):
-        CardTransfer(CPU).slab([torch.randn(10)])
+def test_memory_that_cannot_be_pinned_is_told(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the user, and not once more to the next kernel: CUDA keeps an error for whoever asks next."""
+    runtime.code, kernels = 2, []
+
+    def kernel(*shape: int, device: Any) -> None:
+        kernels.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", kernel)
+    moving = CardTransfer(CPU)
+    with pytest.raises(DoesNotFit, match=r"cannot be pinned \(error 2\).* use offload=disk"):
+        moving.slab([torch.randn(10)])
+    assert kernels == [CPU]
+    assert moving.pinned_bytes == 0
     assert transfer.ALIGNMENT == 512

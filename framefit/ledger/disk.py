@@ -13,10 +13,9 @@ import contextlib
 import shutil
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from framefit.errors import DoesNotFit, FramefitError
-from framefit.ledger.transfer import Piece, Room, Slab, Transfer
+from framefit.ledger.transfer import Piece, Room, Slab, Transfer, mapped
 
 __all__ = ["DiskTransfer", "FiledSlab", "staging_bytes"]
 
@@ -45,7 +44,7 @@ class FiledSlab(Slab):
 
     def write(self, file: Path) -> None:
         """Raises `OSError` or `SafetensorError`, as on a full disk."""
-        self.pack(partial(torch.empty, dtype=torch.uint8))
+        self.pack(mapped)
         save_file({NAME: self.host}, file)
         self.file, self._begin = file, file.stat().st_size - self.bytes
         weakref.finalize(self, file.unlink, missing_ok=True).atexit = False  # the folder goes as a whole
@@ -70,6 +69,7 @@ class DiskTransfer(Transfer):
         self._names = count()
         self._largest = 0
         self._pieces: list[Piece] = []
+        self._ring: Iterator[Piece] = iter(())
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="framefit-read")
         self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="framefit-ahead")
         self._filling: list[Future[None]] = []
@@ -111,11 +111,12 @@ class DiskTransfer(Transfer):
         if not self._pieces:
             size = staging_bytes(self._largest) // PIECES
             self._pieces = [self._way.piece(size) for _ in range(PIECES)]
+            self._ring = cycle(self._pieces)
             self.pinned_bytes = self._way.pinned_bytes
         if room.filling:
             room.filling.cancel()  # nobody waits for that any more
         self._filling = [future for future in self._filling if not future.done()]
-        room.filling = self._reader.submit(self._fill, slab, room)
+        room.filling = self._reader.submit(self._fill, [(slab, room)])
         self._filling.append(room.filling)
 
     def wait(self, room: Room) -> None:
@@ -143,15 +144,16 @@ class DiskTransfer(Transfer):
         for pool in (self._reader, self._ahead):
             pool.shutdown(cancel_futures=True)
         self._way.settle()
-        self._pieces.clear()
+        self._pieces, self._ring = [], iter(())
 
-    def _fill(self, slab: FiledSlab, room: Room) -> None:
+    def _fill(self, job: list[tuple[FiledSlab, Room]]) -> None:
         """In the reader's thread."""
+        slab, room = job.pop()  # which must not hold the room for longer than this: its memory is the next one's
         self._way.begin(room)
         try:
             with slab.open() as stream:
-                for number, begin in enumerate(range(0, slab.bytes, self._pieces[0].memory.numel())):
-                    piece = self._pieces[number % PIECES]
+                for begin in range(0, slab.bytes, self._pieces[0].memory.numel()):
+                    piece = next(self._ring)
                     if piece.read:
                         piece.read.synchronize()
                     there = piece.memory[: slab.bytes - begin]
@@ -162,7 +164,10 @@ class DiskTransfer(Transfer):
                 f"weights that offload=disk wrote to {slab.file} cannot be read back ({error}): look after that disk, "
                 f"or set XDG_STATE_HOME to another."
             ) from None
-        self._way.end(room)
+        else:
+            self._way.end(room)
+        finally:
+            del slab, room  # from an error's traceback too
 
     def _read_ahead(self, slabs: Sequence[FiledSlab]) -> None:
         unheeded = bytearray(2**20)

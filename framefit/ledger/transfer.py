@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from framefit.errors import DoesNotFit
 
-__all__ = ["CardTransfer", "NoTransfer", "Piece", "Room", "Slab", "Transfer", "transfer_for"]
+__all__ = ["CardTransfer", "NoTransfer", "Piece", "Room", "Slab", "Transfer", "mapped", "transfer_for"]
 
 ALIGNMENT = 512
 """Bytes: where a tensor begins, as torch's allocator on a card places them; kernels choose by alignment."""
@@ -190,13 +190,13 @@ class CardTransfer(Transfer):
     def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
         """Raises `DoesNotFit` where the host has no memory to pin."""
         slab = Slab(tensors)
-        slab.pack(_mapped)
+        slab.pack(mapped)
         self._pin(slab, slab.host)
         return slab
 
     def piece(self, bytes: int) -> Piece:
         """Raises `DoesNotFit` where the host has no memory to pin."""
-        piece = Piece(_mapped(bytes), torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+        piece = Piece(mapped(bytes), torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         self._pin(piece, piece.memory)
         return piece
 
@@ -280,7 +280,7 @@ def transfer_for(device: torch.device, tensors: Iterable[torch.Tensor] = ()) -> 
     return CardTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
-def _mapped(bytes: int) -> torch.Tensor:
+def mapped(bytes: int) -> torch.Tensor:
     """Memory of its own pages, which go back to the system with the tensor."""
     held = mmap.mmap(-1, bytes, **MAPPING)
     if hasattr(mmap, "MADV_HUGEPAGE"):
