@@ -361,7 +361,7 @@ def measure(state_home: str, first: tuple[Plan, Checkpoint], plan: Plan, row: Ch
     told.put(found)
 
 
-@pytest.mark.parametrize("value", ["block", "disk", "disk:2"])
+@pytest.mark.parametrize("value", ["block", "disk"])
 def test_the_host_holds_what_was_said(
     value: str, medium: Checkpoint, tiny: Callable[[str], Checkpoint], make_plan: Make, fork: ForkServerContext,
     monkeypatch: pytest.MonkeyPatch,

@@ -28,6 +28,7 @@ from framefit.passes.stream import Stream, Unit
 from framefit.pipeline import Pipeline, load
 from framefit.plan import Offload, Plan
 from framefit.planning import check_fits, dryrun, estimated
+from framefit.planning.placed import sizes
 from framefit.request import Lora
 from framefit.testing import save_tiny
 
@@ -418,6 +419,22 @@ def test_one_block_of_the_dry_run_stands_for_the_rest(
         for fact in ("weights_bytes", "host_bytes", "pinned_bytes", "onload_bytes", "peak_bytes"):
             assert getattr(one, fact) == getattr(other, fact), (one.name, fact)
         assert one.bytes["host_to_device"] == other.bytes["host_to_device"], one.name
+
+
+@pytest.mark.parametrize(("level", "kept"), [("part", 0), ("block", 0), ("block", 2), ("leaf", 0)])
+def test_sizes_are_known_without_moving_anything(level: str, kept: int, deep: Deep, make_plan: Make) -> None:
+    row = deep("wan2.2-i2v-a14b")
+    plan = make_plan(row, settings={"offload": f"{level}:{kept}" if kept else level})
+    parts = fresh(row)
+    before = {name: sizes(parts[name], level) for name in (*row.experts, "text_encoder")}
+    apply_all(parts, plan)
+    for name, found in before.items():
+        component = placement(parts).components[name]
+        assert found.on_device(kept if name in row.experts else 0) == component.device_bytes
+        assert found.tables_bytes == component.embeddings_bytes
+        assert found.all_bytes == component.embeddings_bytes + sum(
+            slab.bytes for slab in (*component.whole, *(unit.slab for unit in component.stream.units))
+        )
 
 
 @pytest.mark.parametrize(

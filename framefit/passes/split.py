@@ -15,7 +15,7 @@ from torch import nn
 
 from framefit.families.parts import weights
 
-__all__ = ["Split", "blocks", "rows"]
+__all__ = ["Split", "blocks", "rows", "spread"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -42,7 +42,7 @@ class Split:
         modules = [module for module in modules if owned[module]]
         moving = {id(tensor) for tensors in owned.values() for tensor in tensors}
         outside = [t for t in weights(model) if id(t) not in moving and id(t) not in at_home]
-        stay = _spread(kept, len(modules))
+        stay = spread(kept, len(modules))
         whole = [outside, *(owned[modules[index]] for index in sorted(stay))]
         units = tuple((module, owned[module]) for index, module in enumerate(modules) if index not in stay)
         return cls(tuple(tensors for tensors in whole if tensors), units, tables)
@@ -95,6 +95,6 @@ def _shared(modules: Sequence[nn.Module]) -> set[int]:
     return {tensor for tensor, times in held.items() if times > 1}
 
 
-def _spread(kept: int, among: int) -> set[int]:
+def spread(kept: int, among: int) -> set[int]:
     """Which blocks stay: evenly among the others, so that the copies have time between them."""
     return {i for i in range(among) if (i + 1) * kept // among > i * kept // among}

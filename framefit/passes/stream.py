@@ -15,9 +15,10 @@ from torch import nn
 
 from framefit.ledger.transfer import Room, Slab, Transfer
 
-__all__ = ["Stream", "Unit"]
+__all__ = ["ROOMS", "Stream", "Unit"]
 
 ROOMS = 2
+"""On the device, through which all units pass."""
 HOOK = "framefit.offload"
 
 

@@ -9,9 +9,13 @@ from torch import nn
 
 from framefit.families.parts import Parts
 from framefit.ledger.disk import staging_bytes
+from framefit.ledger.live import block_bytes
+from framefit.ledger.transfer import Slab
 from framefit.passes import offload
+from framefit.passes.split import Split, spread
+from framefit.passes.stream import ROOMS
 
-__all__ = ["Placed", "placed", "watch"]
+__all__ = ["Placed", "Sizes", "placed", "sizes", "watch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +29,44 @@ class Placed:
     onload_bytes: int = 0
     """That come to the device as a whole when the phase begins."""
     disk_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Bytes of one component's weights, as `offload=block` or `leaf` divides them."""
+
+    whole_bytes: int
+    """That come to the device when it does."""
+    units_bytes: tuple[int, ...]
+    """Of each block or layer that streams, in the model's order; a block that stands for several comes as often."""
+    tables_bytes: int
+    """That stay on the host."""
+
+    @property
+    def all_bytes(self) -> int:
+        return self.whole_bytes + sum(self.units_bytes) + self.tables_bytes
+
+    def on_device(self, kept: int = 0) -> int:
+        """While it is at work and `kept` units stay there, beside the two rooms that the others pass through."""
+        stay = spread(kept, len(self.units_bytes))
+        streamed = [bytes for index, bytes in enumerate(self.units_bytes) if index not in stay]
+        rooms = min(ROOMS, len(streamed)) * max(streamed, default=0)
+        return self.whole_bytes + sum(self.units_bytes) - sum(streamed) + rooms
+
+
+def sizes(model: nn.Module, level: str, standing: Mapping[nn.Module, int] | None = None) -> Sizes:
+    """What the level part, block or leaf makes of `model`, fake or real; nothing is moved.
+
+    Args:
+        standing: block -> how many equal blocks it stands for.
+    """
+    split = Split.of(model, level, 0)
+    times = _times(model, standing or {})
+    return Sizes(
+        whole_bytes=sum(Slab(tensors).bytes for tensors in split.whole),
+        units_bytes=tuple(bytes for module, tensors in split.units for bytes in [Slab(tensors).bytes] * times[module]),
+        tables_bytes=sum(block_bytes(table.nbytes) for table in split.table_weights),
+    )
 
 
 def watch(parts: Parts, asked: Callable[[int], None]) -> None:
