@@ -6,7 +6,9 @@ import errno
 import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -205,6 +207,27 @@ def test_a_file_that_ends_too_early_is_told(tmp_path: Path) -> None:
     transfer.copy(slab, room)
     with pytest.raises(FramefitError, match="it ends too early"):
         transfer.wait(room)
+    transfer.close()
+
+
+def test_a_room_is_nobodys_once_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader may be slow to drop its job, and the room's memory is wanted."""
+    transfer = DiskTransfer(Transfer(CPU), tmp_path)
+    slab = transfer.slab([torch.randn(5000)])
+    room, go, tell = transfer.room(slab.bytes), threading.Event(), Future.set_result
+
+    def slowly(self: Future[None], result: None) -> None:
+        tell(self, result)
+        go.wait(10)
+
+    monkeypatch.setattr(Future, "set_result", slowly)
+    transfer.copy(slab, room)
+    transfer.wait(room)
+    memory = weakref.ref(room.memory.untyped_storage())
+    assert memory() is not None
+    del room
+    assert memory() is None
+    go.set()
     transfer.close()
 
 
