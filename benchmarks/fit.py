@@ -2,6 +2,8 @@
 
     python benchmarks/fit.py --out FOLDER [--only ROW ...] [--offload VALUE ...] [--cap GIB]
 
+With `--offload disk` the weights go to the user's state folder: XDG_STATE_HOME says on which disk.
+
 Each row in a process of its own: random weights on the card, a run with weights that stay, then the same weights in
 host memory, and the same run with denoising under a cap on what torch's allocator reserves. Two steps on each side of
 the swap of experts. One JSON a row. Weights are random, so that the video means nothing; seconds and bytes do not
@@ -53,6 +55,7 @@ STEPS = 5
 """Two before and three after Wan2.2-A14B's swap, at both sizes."""
 MARGIN = 1.02
 """The cap where none is given: what was said, and this much more."""
+FIGURES = ("host_bytes", "pinned_bytes", "disk_bytes", "onload_bytes", "peak_bytes")
 GIB = 2**30
 
 
@@ -132,7 +135,7 @@ def _random(row: Checkpoint, plan: Plan) -> Parts:
 
 
 def _forget(parts: Parts) -> None:
-    """The last way of offloading; its slabs go with the next one's packing."""
+    """The last way of offloading; its slabs go with the next one's packing, its files at once."""
     offload.remove(parts)
     gc.collect()
 
@@ -187,7 +190,7 @@ def _said(plan: Plan, row: Checkpoint) -> dict[str, Any]:
             "allocated_bytes": sum(trace.weights_bytes.values()) + trace.peak_bytes,
             "reserved_bytes": estimate[trace.name].peak_vram_bytes,
             "moved_bytes": trace.bytes["host_to_device"], "estimate": asdict(estimate[trace.name]),
-            **{name: getattr(trace, name) for name in ("host_bytes", "pinned_bytes", "onload_bytes", "peak_bytes")},
+            **{name: getattr(trace, name) for name in FIGURES},
         }
         for trace in traced(plan, row)
     }  # fmt: skip

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from framefit.device import state_folder
 from framefit.errors import BadCheckpoint, BadInput, FramefitError
 from framefit.plan import Plan
 from framefit.report import Rung
@@ -63,10 +64,8 @@ class State:
 
 
 def default_root() -> Path:
-    """Where runs are kept: the user's state folder (on Linux $XDG_STATE_HOME/framefit/runs)."""
-    import platformdirs
-
-    return Path(platformdirs.user_state_dir("framefit")) / "runs"
+    """Where runs are kept: `runs` in the user's state folder."""
+    return state_folder() / "runs"
 
 
 def hold(file: Path, taken: FramefitError) -> Callable[[], None]:

@@ -20,7 +20,7 @@ from framefit.cards import CARDS
 from framefit.errors import DoesNotFit, UsageError
 from framefit.rates import Unseen
 
-__all__ = ["Device", "expand_segments"]
+__all__ = ["Device", "expand_segments", "state_folder"]
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 GIB = 2**30
@@ -52,7 +52,7 @@ class Device:
     """What this process may use: the control group's limit where there is one."""
     ram_free_bytes: int
     disk_free_bytes: int
-    """In the folder that temporary files go to."""
+    """In the user's state folder, where temporary files go."""
 
     @classmethod
     def find(cls, which: str = "auto", *, vram_bytes: int | None = None, ram_bytes: int | None = None) -> Self:
@@ -245,11 +245,17 @@ def _cuda_index(which: str) -> int:
     return int(index or 0)
 
 
-def _host() -> dict[str, Any]:
-    import tempfile
+def state_folder() -> Path:
+    """What a run leaves for another one, and what it writes for itself (on Linux $XDG_STATE_HOME/framefit)."""
+    import platformdirs
 
+    return Path(platformdirs.user_state_dir("framefit"))
+
+
+def _host() -> dict[str, Any]:
     total, free = _memory()
-    disk = shutil.disk_usage(tempfile.gettempdir()).free
+    folder = state_folder().absolute()
+    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     return {"ram_total_bytes": total, "ram_free_bytes": free, "disk_free_bytes": disk}
 
 
@@ -258,17 +264,24 @@ def _memory() -> tuple[int, int]:
     import psutil
 
     memory = psutil.virtual_memory()
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, stat, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         try:
             ceiling, current = (int((CONTROL_GROUP / name).read_text()) for name in (limit, used))
         except (OSError, ValueError):
             continue
         if ceiling < memory.total:
-            return ceiling, min(memory.available, ceiling - current)
+            return ceiling, min(memory.available, ceiling - current + _cached(CONTROL_GROUP / stat, cache))
     return memory.total, memory.available
+
+
+def _cached(stat: Path, name: str) -> int:
+    """Bytes of cached files, which the system drops where memory is needed; 0 where it does not tell."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        return next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith(f"{name} "))
+    return 0
 
 
 def _cpu_name() -> str:

@@ -29,9 +29,9 @@ from framefit.families.files import check_headers
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors, load_parts
 from framefit.ledger import Ledger
 from framefit.ledger.shortage import Shortage
-from framefit.passes import apply_all, change, quantize
+from framefit.passes import apply_all, change, offload, quantize
 from framefit.passes.guidance import guided
-from framefit.plan import Plan, Quantize
+from framefit.plan import Offload, Plan, Quantize
 from framefit.planning.descent import Descent
 from framefit.report import Rung
 from framefit.schedule import Schedule
@@ -94,18 +94,24 @@ def load(
 def _loaded(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Parts:
     parts = load_parts(
         checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id),
-        on_host=plan.offload != "none", on_read=partial(_shrink, plan),
+        on_host=plan.offload != "none", arrived=partial(_arrived, plan),
     )  # fmt: skip
-    if plan.quantize == "none":
-        lora.merge(parts, plan.request.loras)
-    return apply_all(parts, plan)
+    try:
+        return apply_all(parts, plan)
+    except BaseException:
+        parts.close()
+        raise
 
 
-def _shrink(plan: Plan, model: Parts) -> None:
-    """A model that was just read, where it is to be kept in fewer bits: in all of its bits the whole may not fit."""
-    if plan.quantize != "none":
-        lora.merge(model, plan.request.loras)
-        quantize.apply(model, plan.setting(Quantize))
+def _arrived(plan: Plan, parts: Parts, name: str) -> None:
+    """What is done to a component before the next one is read, so that not all of them need be in memory at once."""
+    if name in parts.checkpoint.experts:
+        lora.merge_one(parts, name, plan.request.loras)
+    for setting in plan.settings:
+        if isinstance(setting, Quantize):
+            quantize.apply(Parts(parts.checkpoint, {name: parts[name]}, parts.device), setting)
+        if isinstance(setting, Offload):
+            offload.keep(parts, name, setting)
 
 
 class Pipeline:
@@ -228,6 +234,9 @@ class Pipeline:
         fresh = schedule.state()
         for index in range(state.step, len(schedule)):
             expert = self._expert(schedule.timesteps[index], schedule)[0]
+            following = self._following(schedule, index)
+            if following != expert:  # its weights may be fetched while this one takes its last step
+                self.parts.expect(following)
             began = time.perf_counter()
             with self.ledger.phase(f"denoise:{expert}"):
                 step = partial(self._step, state, schedule, fresh)
@@ -259,8 +268,7 @@ class Pipeline:
         t, noisy = schedule.timesteps[state.step], state.latents
         expert, scale = self._expert(t, schedule)
         prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale)
-        if state.step + 1 < len(schedule):  # its weights may come while this step is finished and saved
-            self.parts.use(self._expert(schedule.timesteps[state.step + 1], schedule)[0])
+        self.parts.use(self._following(schedule, state.step))  # they may come while this step is finished and saved
         return noisy, prediction, schedule.step(prediction, t, noisy)
 
     def decode(
@@ -291,6 +299,10 @@ class Pipeline:
         finally:
             self.parts.use()
 
+    def close(self) -> None:
+        """It makes no more videos: nothing of it is left on the device or on disk."""
+        self.parts.close()
+
     def experts(self) -> tuple[str, ...]:
         """Who denoises at each step of the request."""
         schedule = self._schedule()
@@ -305,9 +317,8 @@ class Pipeline:
 
     def unload(self) -> None:
         """Nothing is left of the parts: another pipeline is loaded in their place."""
-        self.parts.use()
+        self.parts.close()
         self.parts.components.clear()
-        self.parts.placement = None
         _give_back(self.plan)
 
     def _photo(self, path: Path) -> Image.Image:
@@ -320,6 +331,10 @@ class Pipeline:
         name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
         changed = {} if request.shift is None else {name: request.shift}
         return Schedule(type(scheduler).from_config(scheduler.config, **changed), request.steps, self.parts.device)
+
+    def _following(self, schedule: Schedule, index: int) -> str:
+        """Who takes the step after this one; after the last one, who took it."""
+        return self._expert(schedule.timesteps[min(index + 1, len(schedule) - 1)], schedule)[0]
 
     def _expert(self, t: torch.Tensor, schedule: Schedule) -> tuple[str, float]:
         """Who denoises at `t`, and with which guidance: the first expert down to the boundary, the second below."""

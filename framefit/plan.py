@@ -96,22 +96,27 @@ class Offload(Setting):
     """Where the weights are that are not at work: on the device, or in host memory.
 
     In host memory a component comes as a whole for the phases that need it (part), or block by block or layer by
-    layer while it computes. The maths is the same.
+    layer while it computes. On disk it is read block by block. The maths is the same.
     """
 
     type = "offload"
     title = "offload of weights"
-    values = ("none", "part", "block", "leaf")
+    values = ("none", "part", "block", "leaf", "disk")
     more = "block:K"
 
     @classmethod
     def accepts(cls, value: str) -> bool:
         kind, colon, kept = value.partition(":")
-        return value in cls.values or (kind == "block" and bool(colon) and kept.isdecimal() and int(kept) > 0)
+        counted = kind in ("block", "disk") and bool(colon)
+        return value in cls.values or (counted and kept.isdecimal() and int(kept) > 0)
+
+    @classmethod
+    def possible(cls) -> tuple[str, ...]:
+        return (*cls.values, cls.more, "disk:K")
 
     @property
     def level(self) -> str:
-        """none, part, block or leaf."""
+        """none, part, block, leaf or disk."""
         return self.value.partition(":")[0]
 
     @property
@@ -176,12 +181,12 @@ class PhaseEstimate:
     """Reserved by the run on the card, when it is most; CUDA's context is beside it. 0 on the CPU."""
     host_bytes: int
     """Tensors in RAM, when they are most."""
+    pinned_bytes: int = 0
+    """Of these, of memory that is pinned for a card."""
     disk_bytes: int
     """Temporary files."""
     held: Mapping[str, int]
     """What is largest at the peak, by name, in bytes."""
-    pinned_bytes: int = 0
-    """Of those in RAM, pinned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,6 +277,11 @@ class Plan:
         """Whether the weights that are kept in RAM for a card fit there."""
         needs = max((phase.host_bytes for phase in self.estimate.phases), default=0)
         return self.device.id == "cpu" or self.offload == "none" or needs <= self.device.ram_free_bytes
+
+    @property
+    def disk_fits(self) -> bool:
+        """Whether there is room for the temporary files."""
+        return max((phase.disk_bytes for phase in self.estimate.phases), default=0) <= self.device.disk_free_bytes
 
     def setting(self, kind: type[S]) -> S:
         return next(s for s in self.settings if isinstance(s, kind))

@@ -66,11 +66,15 @@ class Again:
         self.pipeline.ledger.note(f"the second try failed and the first video is kept: {error}")
         return findings, Retry(findings=tuple(findings), withdrawn=_named(free), failed=str(error))
 
+    def close(self) -> None:
+        """It is not tried again."""
+        self.pipeline.close()
+
     def _made(self, state: State, free: Sequence[Setting], told: str) -> Sequence[str]:
         first = self.pipeline
         plan = withdrawn(first.plan, self.checkpoint, free, f"withdrawn, as the video was not sound ({told})")
         fixed = frozenset(setting.type for setting in free)
-        if all(decoding(setting) for setting in free):
+        if all(decoding(setting) for setting in free) and plan.offload != "disk":
             first.rearrange(plan, fixed)
             findings = self.write(first, first.video(state))
         else:

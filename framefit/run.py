@@ -224,8 +224,9 @@ def _execute(
     writer = _writer(run, plan.request.steps, options) if run else None
     crf = options.crf if options.crf is not None else run.crf if run else DEFAULT_CRF
     try:
-        with plan.device.capped(), _finishing(writer):
+        with plan.device.capped(), _finishing(writer), contextlib.ExitStack() as stack:
             pipeline = load(plan, checkpoint, ledger, rungs=state.rungs if state else ())
+            stack.callback(pipeline.close)
             go = partial(Pipeline.run, on_step=_listening(plan, options), cancelled=options.cancelled)
             if state is None:
                 state = pipeline.encode()
@@ -239,6 +240,7 @@ def _execute(
             again = Again(
                 pipeline, checkpoint, go, partial(write, overwrite=True), lambda error: translated(error, plan, ledger)
             )
+            stack.callback(again.close)
             findings, retry = again.where(findings, state)
     except FramefitError as error:
         raise _resumable(error, run) from None

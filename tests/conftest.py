@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint
         return rows[id]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def fork() -> ForkServerContext:
+    """Processes that start with everything imported and no thread running."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["framefit.run", "diffusers.models.transformers.transformer_wan"])
+    return context
 
 
 @pytest.fixture(scope="session")

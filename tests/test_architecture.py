@@ -20,8 +20,8 @@ PACKAGE = Path(framefit.__file__).parent
 ROOT = PACKAGE.parent
 
 RANKS = (
-    {"errors", "request", "device", "cards", "rates", "smi", "plan", "photo", "marks", "video", "report"},
-    {"families", "ledger", "apart", "checkpoint", "schedule", "quality", "tuned"},
+    {"errors", "request", "device", "cards", "rates", "smi", "plan", "photo", "marks", "video", "report", "streaming"},
+    {"families", "ledger", "apart", "checkpoint", "schedule", "scratch", "quality", "tuned"},
     {"passes", "testing"},
     {"planning"},
     {"pipeline"},
@@ -38,8 +38,8 @@ WITHIN = {
     **dict.fromkeys(("run", "recipe", "retry"), "run"),
     # a search judges candidates as a verdict does
     **dict.fromkeys(("verify", "tune"), "proof"),
-    # a search is filed beside the runs
-    **dict.fromkeys(("checkpoint", "tuned"), "state"),
+    # a search is filed beside the runs, and what a run writes for itself
+    **dict.fromkeys(("checkpoint", "scratch", "tuned"), "state"),
     # the command line is one room
     **dict.fromkeys(RANKS[-1], "cli"),
 }

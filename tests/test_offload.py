@@ -20,6 +20,7 @@ from framefit.checkpoint import State
 from framefit.errors import DoesNotFit, NotFinite, UsageError
 from framefit.families import CHECKPOINTS, Checkpoint, lora
 from framefit.families.parts import Parts, load_parts
+from framefit.ledger.disk import DiskTransfer
 from framefit.ledger.transfer import ALIGNMENT, Room, Slab, Transfer
 from framefit.passes import apply_all, offload
 from framefit.passes.offload import Offloaded
@@ -30,7 +31,7 @@ from framefit.planning import check_fits, dryrun, estimated
 from framefit.request import Lora
 from framefit.testing import save_tiny
 
-MOVING = ["part", "block", "block:2", "leaf"]
+MOVING = ["part", "block", "block:2", "leaf", "disk"]
 DEEP = {
     "WanTransformer3DModel": 5, "EasyAnimateTransformer3DModel": 5, "UMT5EncoderModel": 3, "T5EncoderModel": 3,
     "BertModel": 3, "CLIPTextModel": 3,
@@ -70,17 +71,23 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deep]:
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights on the host are NaN to whoever computes with them there, as on a card they would be out of reach."""
-    pack = Slab.pack
+    lie = Slab.lie
 
-    def packed(self: Slab, memory: Callable[[int], torch.Tensor]) -> None:
-        pack(self, memory)
+    def lies(self: Slab, host: torch.Tensor) -> None:
+        lie(self, host)
         self._home = [
             torch.full_like(home, torch.nan) if home.is_floating_point() else torch.zeros_like(home)
             for home in self._home
         ]
         self.point(None)
 
-    monkeypatch.setattr(Slab, "pack", packed)
+    def stay(self: DiskTransfer, table: torch.Tensor) -> Slab:
+        slab = self.slab([table])
+        lie(slab, slab.host)
+        return slab
+
+    monkeypatch.setattr(Slab, "lie", lies)
+    monkeypatch.setattr(DiskTransfer, "stay", stay)  # a table is looked up there
 
 
 @pytest.fixture(scope="module")
@@ -373,11 +380,12 @@ def test_slabs_take_no_more_than_the_weights() -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("sideways", "use offload=none or offload=part or offload=block or offload=leaf or offload=block:K"),
+        ("sideways", "use offload=none or .* or offload=disk or offload=block:K or offload=disk:K"),
         ("block:0", "offload=block:0 is unknown"),
         ("part:3", "offload=part:3 is unknown"),
         ("block:", "offload=block: is unknown"),
         ("block:5", "the denoiser of .* has 5: use offload=block:K with K from 1 to 4"),
+        ("disk:6", "the denoiser of .* has 5: use offload=disk:K with K from 1 to 4"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(value: str, says: str, deep: Deep, make_plan: Make) -> None:

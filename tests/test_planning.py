@@ -204,5 +204,7 @@ def test_memory_is_the_control_groups(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(device, "CONTROL_GROUP", tmp_path)
     assert Device.detect("cpu").ram_total_bytes == 2**30
     assert Device.detect("cpu").ram_free_bytes == 2**30 - 2**28
+    (tmp_path / "memory.stat").write_text(f"anon 5\nactive_file 7\ninactive_file {2**27}\nslab 3\n")
+    assert Device.detect("cpu").ram_free_bytes == 2**30 - 2**28 + 2**27, "cached files make room"
     (tmp_path / "memory.max").write_text("max")
     assert Device.detect("cpu").ram_total_bytes > 2**30

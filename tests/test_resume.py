@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -17,6 +16,7 @@ import torch
 
 from framefit import checkpoint as checkpoints
 from framefit.checkpoint import RunFolder, State, Writer
+from framefit.device import state_folder
 from framefit.errors import BadCheckpoint, BadInput, Cancelled
 from framefit.families import Checkpoint, find
 from framefit.families.files import fingerprint
@@ -35,22 +35,15 @@ FAMILIES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def fork() -> ForkServerContext:
-    """Processes that start with everything imported and no thread running."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["framefit.run", "diffusers.models.transformers.transformer_wan"])
-    return context
-
-
 def open_pipeline(run: RunFolder) -> Pipeline:
     torch.set_num_threads(1)  # as in the processes that are killed: sums are split by threads
     row = find(run.plan.request.model)
     return load(run.plan, row, Ledger())
 
 
-def run_until_killed(root: Path, id: str, step: int) -> None:
+def run_until_killed(root: Path, id: str, step: int, state_home: str) -> None:
     """In a process of its own: go on with a run, note each step taken, and die once `step` is on disk."""
+    os.environ["XDG_STATE_HOME"] = state_home
     run = RunFolder.open(root, id)
     writer = Writer(run, every_s=0, always=lambda _: True)
 
@@ -72,7 +65,7 @@ def new_run(root: Path, row: Checkpoint, plan: Plan) -> RunFolder:
 
 
 def killed(fork: ForkServerContext, run: RunFolder, step: int) -> None:
-    process = fork.Process(target=run_until_killed, args=(run.path.parent, run.id, step))
+    process = fork.Process(target=run_until_killed, args=(run.path.parent, run.id, step, os.environ["XDG_STATE_HOME"]))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -106,6 +99,32 @@ def test_killed_at_every_step_the_latents_are_the_same_bits(
     assert final is not None
     assert torch.equal(final.latents, expected.latents)
     assert all((a == b).all() for a, b in zip(frames, expected_frames, strict=True))
+
+
+def test_a_run_that_reads_its_weights_from_disk_goes_on_after_a_kill(
+    tmp_path: Path, fork: ForkServerContext, tiny: Callable[[str], Checkpoint], make_plan: Callable[..., Plan]
+) -> None:
+    row = tiny("wan2.2-i2v-a14b")
+    plan = make_plan(row, steps=STEPS, settings={"offload": "disk"})
+    run = new_run(tmp_path, row, plan)
+    whole = open_pipeline(run)
+    expected = whole.encode()
+    whole.denoise(expected)
+    whole.close()
+    run.release()
+    weights = state_folder() / "weights"
+    assert not any(weights.iterdir())
+    for step in (1, 4):  # of either expert
+        killed(fork, run, step)
+        assert sum(path.is_dir() for path in weights.iterdir()) == 1, "the dead one's; that of the one before is gone"
+    pipeline = open_pipeline(run)
+    state = run.load()
+    assert state is not None
+    assert state.step == 4
+    pipeline.denoise(state)
+    assert torch.equal(state.latents, expected.latents)
+    pipeline.close()
+    assert not any(weights.iterdir())
 
 
 def write_for_ever(root: Path, id: str) -> None:

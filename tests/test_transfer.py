@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -16,27 +20,37 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from framefit import streaming
 from framefit.errors import DoesNotFit
+from framefit.families import Checkpoint
+from framefit.families.parts import Parts
 from framefit.ledger import transfer
-from framefit.ledger.transfer import CardTransfer
+from framefit.ledger.disk import DiskTransfer
+from framefit.ledger.transfer import CardTransfer, Room, Slab, Transfer
+from framefit.passes import apply_all, offload
 from framefit.passes.offload import Component
+from framefit.plan import Plan
+from framefit.planning import dryrun
 
 CPU = torch.device("cpu")
 
 
 class Event:
-    """Of the last time that it was recorded."""
+    """Whoever waits waits for the last time that it was recorded until then."""
 
-    def __init__(self) -> None:
-        self.reached = True
+    def __init__(self, blocking: bool = False) -> None:
+        self.mark = threading.Event()
+        self.mark.set()
         """CUDA: waiting for an event that was never recorded waits for nothing."""
 
     def record(self, stream: Stream) -> None:
-        self.reached = False
-        stream.put(self._reach)
+        self.mark = threading.Event()
+        stream.put(self.mark.set)
 
-    def _reach(self) -> None:
-        self.reached = True
+    def synchronize(self) -> None:
+        with LOCK:
+            while not self.mark.is_set():
+                Stream.played.step()
 
 
 class Stream:
@@ -51,29 +65,32 @@ class Stream:
             Stream.played = self
 
     def put(self, work: Callable[[], bool | None]) -> None:
-        self.queue.append(work)
-        if self is COMPUTING:
-            self.run()
-            if Stream.when == "early":
-                Stream.played.run()
-        elif Stream.when == "early":
-            self.run()
+        with LOCK:
+            self.queue.append(work)
+            if self is COMPUTING:
+                self.run()
+                if Stream.when == "early":
+                    Stream.played.run()
+            elif Stream.when == "early":
+                self.run()
 
     def run(self) -> None:
         """What is not waiting for another stream."""
-        while self.queue and self.queue[0]() is not False:
-            self.queue.pop(0)
+        with LOCK:
+            while self.queue and self.queue[0]() is not False:
+                self.queue.pop(0)
+
+    def step(self) -> None:
+        """What is next."""
+        assert self.queue, "it is waited for what never comes"
+        assert self.queue[0]() is not False, "both streams wait for each other"
+        self.queue.pop(0)
 
     def wait_event(self, event: Event) -> None:
         if self is COMPUTING:
-            while not event.reached:
-                assert Stream.played.queue, "the computing stream waits for ever"
-                before = len(Stream.played.queue)
-                if Stream.played.queue[0]() is not False:
-                    Stream.played.queue.pop(0)
-                assert len(Stream.played.queue) < before, "both streams wait for each other"
+            event.synchronize()
         else:
-            self.put(lambda: event.reached)
+            self.put(event.mark.is_set)
 
     def wait_stream(self, other: Stream) -> None:
         other.run()
@@ -84,6 +101,8 @@ class Stream:
 
 
 COMPUTING = Stream()
+LOCK = threading.RLock()
+"""Files are read in a thread, which puts copies on the stream."""
 
 
 class Queued(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -159,11 +178,11 @@ def model() -> Model:
 
 
 @torch.no_grad()
-def run(level: str, kept: int = 0) -> bool:
+def run(level: str, kept: int = 0, moving: Transfer | None = None) -> bool:
     """Whether two forwards, a pause and two more give what weights that stay give."""
     x = torch.randn(4, 8)
     expected = model()(x)
-    component = Component.of(model(), level, kept, CardTransfer(CPU))
+    component = Component.of(model(), level, kept, moving or CardTransfer(CPU))
     same = []
     for _ in range(2):
         component.bring()
@@ -196,7 +215,7 @@ def test_a_forgotten_wait_is_seen(forgotten: str, seen: str, runtime: Runtime, m
         monkeypatch.setattr(CardTransfer, "wait", lambda self, room: None)
         assert run("block") == (Stream.when == "early")
     elif forgotten == "release":
-        monkeypatch.setattr(CardTransfer, "release", lambda self, room: setattr(room.free, "reached", False))
+        monkeypatch.setattr(CardTransfer, "release", lambda self, room: room.free.mark.clear())
         with pytest.raises(AssertionError):
             run("block")
     else:
@@ -204,6 +223,148 @@ def test_a_forgotten_wait_is_seen(forgotten: str, seen: str, runtime: Runtime, m
 
         monkeypatch.setattr(Streaming, "_begin", begin_too_soon)
         assert run("block") == (Stream.when == "late")
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_weights_from_files_are_there_when_they_are_needed(
+    kept: int, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every slab passes through all pieces, some of them twice."""
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 128)
+    moving = DiskTransfer(CardTransfer(CPU), tmp_path)
+    assert run("block", kept, moving)
+    assert len(runtime.pinned) == streaming.PIECES, "these, and nothing else"
+    moving.close()
+    del moving
+    gc.collect()
+    assert not runtime.pinned
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "seen"), [("the reader", {"late", "early"}), ("the piece", {"late"}), ("the card", {"late"})]
+)
+def test_a_forgotten_wait_for_a_file_is_seen(
+    forgotten: str, seen: set[str], runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 128)
+    moving = DiskTransfer(CardTransfer(CPU), tmp_path)
+    if forgotten == "the reader":
+        fill = DiskTransfer._fill
+        monkeypatch.setattr(DiskTransfer, "_fill", lambda *given: (time.sleep(0.05), fill(*given)))
+        monkeypatch.setattr(DiskTransfer, "wait", lambda self, room: self._way.wait(room))
+    elif forgotten == "the piece":
+        monkeypatch.setattr(Event, "synchronize", lambda self: None)
+        monkeypatch.setattr(Stream, "wait_event", waits)
+    else:
+        monkeypatch.setattr(DiskTransfer, "wait", lambda self, room: room.filling.result())
+    assert run("block", 0, moving) == (Stream.when not in seen)
+    moving.close()
+
+
+def waits(self: Stream, event: Event) -> None:
+    """The host forgets to, the streams do not."""
+    if self is not COMPUTING:
+        self.put(event.mark.is_set)
+        return
+    with LOCK:
+        while not event.mark.is_set():
+            Stream.played.step()
+
+
+@pytest.mark.parametrize("value", ["part", "block", "leaf", "disk"])
+def test_pinned_bytes_are_those_of_the_weights_and_no_more_than_was_said(
+    value: str, runtime: Runtime, tiny: Callable[[str], Checkpoint], make_plan: Callable[..., Plan],
+    load_fp32: Callable[[Checkpoint], Parts],
+) -> None:  # fmt: skip
+    """Whole pages: of tiny models they are a part that they are not of large ones."""
+    row = tiny("wan2.2-i2v-a14b")
+    plan = make_plan(row, settings={"offload": value})
+    parts = load_fp32(row)
+    parts.device = torch.device("cuda:0")
+    plan = replace(plan, device=replace(plan.device, id="cuda:0"))
+    apply_all(parts, plan)
+    placement = offload.placed(parts)
+    assert placement is not None
+    said = max(phase.pinned_bytes for phase in dryrun.trace(plan, row))
+    if value == "disk":
+        assert said == streaming.staging_bytes(max(placement.slab_bytes))
+        assert not runtime.pinned, "none before it is used"
+    else:
+        assert 0 <= sum(runtime.pinned.values()) - said <= 4096 * len(placement.slab_bytes)
+        assert said == sum(placement.slab_bytes)
+    parts.close()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("again", [False, True], ids=["goes on", "comes again"])
+def test_a_forward_that_breaks_off_leaves_nothing_wrong(
+    error: type[BaseException], again: bool, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(4, 8)
+    expected = model()(x)
+    component = Component.of(model(), "block", 0, CardTransfer(CPU))
+    component.bring()
+    component.model(x)
+    stream, module = component.stream, component.model.blocks[3]
+    order = dict(stream.after)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", breaks_at(module, error))
+        with pytest.raises(error):
+            component.model(x)
+    if again:
+        component.away()
+        component.bring()
+    copies: list[Slab] = []
+    copy = CardTransfer.copy
+    monkeypatch.setattr(CardTransfer, "copy", lambda self, slab, room: (copies.append(slab), copy(self, slab, room)))
+    for _ in range(2):
+        assert torch.equal(component.model(x), expected)
+    assert stream.after == order
+    homes = {unit.module: unit.slab.host.untyped_storage().data_ptr() for unit in stream.units}
+    assert all(unit.weight.untyped_storage().data_ptr() == home for unit, home in homes.items())
+    if not again:
+        assert len(copies) == 2 * len(stream.units) + 1, "each block once a forward, and the first of the next"
+    component.away()
+
+
+def breaks_at(module: nn.Module, error: type[BaseException]) -> Callable[..., torch.Tensor]:
+    linear = nn.functional.linear
+
+    def broken(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if weight is module.weight:
+            raise error
+        return linear(x, weight, *rest)
+
+    return broken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_copy_that_fails_is_made_again(
+    error: type[BaseException], runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a forward, and when a component comes."""
+    x = torch.randn(4, 8)
+    expected = model()(x)
+    component = Component.of(model(), "block", 2, CardTransfer(CPU))
+    copy, left = CardTransfer.copy, [0]
+
+    def fails(self: CardTransfer, slab: Slab, room: Room) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        copy(self, slab, room)
+
+    monkeypatch.setattr(CardTransfer, "copy", fails)
+    for nth in (1, 2, 3, 4, 5):
+        left[0] = nth
+        with pytest.raises(error):
+            (component.bring(), component.model(x))
+        if nth <= 4:  # three as a whole, and the first that streams
+            component.bring()
+        assert torch.equal(component.model(x), expected)
+        component.away()
 
 
 def test_slabs_are_pinned_byte_for_byte_and_given_back(runtime: Runtime) -> None:
@@ -220,8 +381,18 @@ def test_slabs_are_pinned_byte_for_byte_and_given_back(runtime: Runtime) -> None
     assert weights[0].sum() == kept, "whoever still looks at the weights finds them"
 
 
-def test_memory_that_cannot_be_pinned_is_told(runtime: Runtime) -> None:
-    runtime.code = 2
-    with pytest.raises(DoesNotFit, match=r"cannot be pinned \(error 2\)"):
-        CardTransfer(CPU).slab([torch.randn(10)])
+def test_memory_that_cannot_be_pinned_is_told(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the user, and not once more to the next kernel: CUDA keeps an error for whoever asks next."""
+    runtime.code, kernels = 2, []
+
+    def kernel(*shape: int, device: Any) -> None:
+        kernels.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", kernel)
+    moving = CardTransfer(CPU)
+    with pytest.raises(DoesNotFit, match=r"cannot be pinned \(error 2\).* use offload=disk"):
+        moving.slab([torch.randn(10)])
+    assert kernels == [CPU]
+    assert moving.pinned_bytes == 0
     assert transfer.ALIGNMENT == 512

@@ -9,7 +9,7 @@ names its tensors is in `lora_file`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ from framefit.families.lora_file import Change, opened, place
 from framefit.families.parts import Parts
 from framefit.request import Lora
 
-__all__ = ["check", "merge", "shapes"]
+__all__ = ["check", "merge", "merge_one", "shapes"]
 
 
 def shapes(checkpoint: Checkpoint) -> dict[str, Shapes]:
@@ -62,31 +62,34 @@ def check(loras: tuple[Lora, ...], checkpoint: Checkpoint) -> tuple[Lora, ...]:
     return tuple(checked)
 
 
-@torch.no_grad()
-def merge(parts: Parts, loras: Iterable[Lora]) -> None:
+def merge(parts: Parts, loras: Sequence[Lora]) -> None:
     """Add what the files hold to the denoisers that are in `parts`; to the same bits in whichever order they are given.
 
     Raises:
         BadInput: a file that does not fit, or a sum beyond the range of the weights' precision.
     """
-    here = [expert for expert in parts.checkpoint.experts if expert in parts]
-    weights = {expert: dict(parts[expert].named_parameters()) for expert in here}
-    if not weights or not (loras := tuple(loras)):
+    for expert in parts.checkpoint.experts:
+        if expert in parts:
+            merge_one(parts, expert, loras)
+
+
+@torch.no_grad()
+def merge_one(parts: Parts, expert: str, loras: Sequence[Lora]) -> None:
+    """As `merge`, for one denoiser; the others need not be there."""
+    if not loras:
         return
-    together = len(weights) == len(parts.checkpoint.experts)
-    # a file names parameters of all denoisers, here or not
-    needed = {expert: _shapes(parts[expert]) for expert in weights} if together else shapes(parts.checkpoint)
-    terms: dict[tuple[str, str], list[tuple[Any, Change, float]]] = {}
+    weights = dict(parts[expert].named_parameters())
+    needed = shapes(parts.checkpoint) | {expert: _shapes(parts[expert])}
+    terms: dict[str, list[tuple[Any, Change, float]]] = {}
     with ExitStack() as files:
         for lora in sorted(loras, key=lambda lora: (lora.sha256 or "", lora.scale, lora.expert or "")):
             stream = files.enter_context(opened(lora))
             _digest(lora)
             for change in place(lora, parts.checkpoint, needed):
-                if change.expert not in weights:
-                    continue
-                terms.setdefault((change.expert, change.parameter), []).append((stream, change, lora.scale))
-        for (expert, name), added in terms.items():
-            weight = weights[expert][name]
+                if change.expert == expert:
+                    terms.setdefault(change.parameter, []).append((stream, change, lora.scale))
+        for name, added in terms.items():
+            weight = weights[name]
             total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             for stream, change, scale in added:
                 total += _delta(stream, change, scale, weight.device).reshape(weight.shape)

@@ -72,6 +72,11 @@ class Parts:
                 if clear := getattr(part, name, None):
                     clear()
 
+    def expect(self, name: str) -> None:
+        """A component will be used before long: its weights may be fetched beside what runs."""
+        if self.placement:
+            self.placement.expect(name)
+
     def cast(self, name: str, dtype: torch.dtype) -> None:
         """Let a component compute in another precision."""
         if self.placement:
@@ -85,13 +90,23 @@ class Parts:
                 tensor.data = tensor.data.to(usual)
             raise
 
+    def close(self) -> None:
+        """Nothing computes any more: what weights took beside these objects is given back."""
+        if self.placement:
+            self.placement.close()
+        self.placement = None
+
 
 class Placement(Protocol):
     """Where weights are when."""
 
     def use(self, names: Sequence[str]) -> None: ...
 
+    def expect(self, name: str) -> None: ...
+
     def cast(self, name: str, dtype: torch.dtype) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Family(Protocol):
@@ -132,25 +147,27 @@ def load_parts(
     dtype: torch.dtype,
     device: torch.device,
     on_host: bool = False,
-    on_read: Callable[[Parts], None] = lambda model: None,
+    arrived: Callable[[Parts, str], None] = lambda parts, name: None,
 ) -> Parts:
     """Read every component of a folder. Safetensors only, local files only, no remote code.
 
     Args:
         device: where they will compute.
         on_host: whether the weights go to the host, for a pass that moves them.
-        on_read: hears of every model as soon as it is read, alone, and on the host still.
+        arrived: called with every component that has been read, on the host still, before the next one is.
     """
-    components = {}
-    there = torch.device("cpu") if on_host else device
-    for row in checkpoint.components:
-        with _translated(folder / row.name, row):
-            component = _load(checkpoint, row, folder / row.name, dtype)
-        if row.params:
-            on_read(Parts(checkpoint, {row.name: component}, device))
-            component = component.to(there)
-        components[row.name] = component
-    return Parts(checkpoint, components, device)
+    parts = Parts(checkpoint, {}, device)
+    try:
+        for row in checkpoint.components:
+            with _translated(folder / row.name, row):
+                parts.components[row.name] = _load(checkpoint, row, folder / row.name, dtype)
+            arrived(parts, row.name)
+            if row.params and not on_host:
+                parts[row.name].to(device)
+    except BaseException:
+        parts.close()
+        raise
+    return parts
 
 
 def _load(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> Any:

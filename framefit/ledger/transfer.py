@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from framefit.errors import DoesNotFit
 
-__all__ = ["CardTransfer", "NoTransfer", "Room", "Slab", "Transfer", "transfer_for"]
+__all__ = ["CardTransfer", "NoTransfer", "Piece", "Room", "Slab", "Transfer", "mapped", "transfer_for"]
 
 ALIGNMENT = 512
 """Bytes: where a tensor begins, as torch's allocator on a card places them; kernels choose by alignment."""
@@ -53,11 +54,23 @@ class Slab:
     @torch.no_grad()
     def pack(self, memory: Callable[[int], torch.Tensor]) -> None:
         """Into the piece (bytes,) of uint8 that `memory` gives for a number of bytes."""
-        self.host = memory(self.bytes)
-        self._home = self._views(self.host)
-        for tensor, home in zip(self.tensors, self._home, strict=True):
+        host = memory(self.bytes)
+        for tensor, home in zip(self.tensors, self._views(host), strict=True):
             home.copy_(tensor)
+        self.lie(host)
+
+    def lie(self, host: torch.Tensor) -> None:
+        """Its bytes are at `host`, (bytes,) of uint8, from here on."""
+        self.host, self._home = host, self._views(host)
         self.point(None)
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the tensors are what was packed, and nothing newer."""
+        return all(
+            tensor.dtype == home.dtype and tensor.data_ptr() == home.data_ptr()
+            for tensor, home in zip(self.tensors, self._home, strict=True)
+        )
 
     def point(self, room: Room | None) -> None:
         """Let the tensors be what lies in `room`, or on the host."""
@@ -84,6 +97,18 @@ class Room:
     """CUDA event: the copy into it is complete."""
     free: Any = None
     """CUDA event: all that was to read it has."""
+    filling: Future[None] | None = None
+    """Of a file's contents: a thread is reading them."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Piece:
+    """Host memory that a file's contents pass through."""
+
+    memory: torch.Tensor
+    """(bytes,) of uint8."""
+    read: Any = None
+    """CUDA event: what lay in it has been copied on."""
 
 
 class Transfer:
@@ -103,10 +128,34 @@ class Transfer:
     def room(self, bytes: int) -> Room:
         return Room(torch.empty(bytes, dtype=torch.uint8, device=self.device))
 
+    def stay(self, table: torch.Tensor) -> object:
+        """`table` is looked up on the host, as long as what is returned is held."""
+        table.data = table.data.cpu()
+        return table
+
     def copy(self, slab: Slab, room: Room) -> None:
         """Begin to fill the room, once it is free."""
         self.moved_bytes += slab.bytes
-        room.memory[: slab.bytes].copy_(slab.host)
+        self.begin(room)
+        self.put(slab.host, room, 0)
+        self.end(room)
+
+    def begin(self, room: Room) -> None:
+        """What is put from here on comes once the room is free."""
+
+    def put(self, source: torch.Tensor, room: Room, at: int) -> None:
+        """Copy host bytes into the room, from the byte `at` on."""
+        room.memory[at : at + source.numel()].copy_(source)
+
+    def end(self, room: Room) -> None:
+        """All is put."""
+
+    def piece(self, bytes: int) -> Piece:
+        return Piece(torch.empty(bytes, dtype=torch.uint8))
+
+    def put_piece(self, piece: Piece, bytes: int, room: Room, at: int) -> None:
+        """The first bytes of a piece, as `put` does."""
+        self.put(piece.memory[:bytes], room, at)
 
     def wait(self, room: Room) -> None:
         """What is computed from here on may read the room."""
@@ -123,6 +172,9 @@ class Transfer:
     def trim(self) -> None:
         """Dropped rooms are given back."""
 
+    def close(self) -> None:
+        """Nothing is moved any more, and nothing of it is left."""
+
 
 class CardTransfer(Transfer):
     """Pinned slabs and a stream of its own for the copies, so that they run beside the computation.
@@ -138,13 +190,15 @@ class CardTransfer(Transfer):
     def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
         """Raises `DoesNotFit` where the host has no memory to pin."""
         slab = Slab(tensors)
-        slab.pack(_mapped)
-        pinned = -(-slab.bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, as they are mapped
-        self._pin(slab.host.data_ptr(), pinned)
-        self.pinned_bytes += pinned
-        # of the slab, which dies before its memory does; a process that ends has nothing to unpin
-        weakref.finalize(slab, self._unpin, slab.host.data_ptr(), pinned).atexit = False
+        slab.pack(mapped)
+        self._pin(slab, slab.host)
         return slab
+
+    def piece(self, bytes: int) -> Piece:
+        """Raises `DoesNotFit` where the host has no memory to pin."""
+        piece = Piece(mapped(bytes), torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+        self._pin(piece, piece.memory)
+        return piece
 
     def room(self, bytes: int) -> Room:
         filled, free = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -152,12 +206,19 @@ class CardTransfer(Transfer):
         self.release(room)  # the memory may have been another tensor's, which kernels under way still read
         return room
 
-    def copy(self, slab: Slab, room: Room) -> None:
-        self.moved_bytes += slab.bytes
+    def begin(self, room: Room) -> None:
+        self._stream.wait_event(room.free)
+
+    def put(self, source: torch.Tensor, room: Room, at: int) -> None:
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(room.free)
-            room.memory[: slab.bytes].copy_(slab.host, non_blocking=True)
-            room.filled.record(self._stream)
+            room.memory[at : at + source.numel()].copy_(source, non_blocking=True)
+
+    def end(self, room: Room) -> None:
+        room.filled.record(self._stream)
+
+    def put_piece(self, piece: Piece, bytes: int, room: Room, at: int) -> None:
+        super().put_piece(piece, bytes, room, at)
+        piece.read.record(self._stream)
 
     def wait(self, room: Room) -> None:
         torch.cuda.current_stream(self.device).wait_event(room.filled)
@@ -172,13 +233,20 @@ class CardTransfer(Transfer):
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
-    def _pin(self, address: int, bytes: int) -> None:
-        if code := int(self._runtime.cudaHostRegister(address, bytes, PORTABLE)):
+    def _pin(self, owner: object, memory: torch.Tensor) -> None:
+        """As long as `owner` lives, which dies before its memory does."""
+        address = memory.data_ptr()
+        pinned = -(-memory.numel() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, as they are mapped
+        if code := int(self._runtime.cudaHostRegister(address, pinned, PORTABLE)):
             reason = self._runtime.cudaGetErrorString(self._runtime.cudaError(code))
+            with contextlib.suppress(RuntimeError):  # CUDA tells it once more to whatever kernel comes next: this one
+                torch.zeros(1, device=self.device)
             raise DoesNotFit(
-                f"{bytes / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
-                f"offload=none."
+                f"{pinned / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
+                f"offload=disk or offload=none."
             )
+        self.pinned_bytes += pinned
+        weakref.finalize(owner, self._unpin, address, pinned).atexit = False  # a process that ends has nothing to unpin
 
     def _unpin(self, address: int, bytes: int) -> None:
         self._stream.synchronize()
@@ -192,6 +260,9 @@ class NoTransfer(Transfer):
     def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
         return Slab(tensors)
 
+    def stay(self, table: torch.Tensor) -> object:
+        return table
+
     def room(self, bytes: int) -> Room:
         return Room(torch.empty(0, dtype=torch.uint8))
 
@@ -202,14 +273,14 @@ class NoTransfer(Transfer):
         pass
 
 
-def transfer_for(device: torch.device, tensors: Iterable[torch.Tensor]) -> Transfer:
+def transfer_for(device: torch.device, tensors: Iterable[torch.Tensor] = ()) -> Transfer:
     """What can bring `tensors` to `device`."""
     if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
         return NoTransfer(device)
     return CardTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
-def _mapped(bytes: int) -> torch.Tensor:
+def mapped(bytes: int) -> torch.Tensor:
     """Memory of its own pages, which go back to the system with the tensor."""
     held = mmap.mmap(-1, bytes, **MAPPING)
     if hasattr(mmap, "MADV_HUGEPAGE"):

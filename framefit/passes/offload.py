@@ -4,6 +4,7 @@
 - block: of a denoiser or a text encoder the blocks come one after another, each while the one before it computes;
   what lies outside of the blocks comes as a whole. With block:K, K blocks of a denoiser stay while it is at work.
 - leaf: the same layer by layer.
+- disk: as block, from files on disk; the host holds what is being read and no more.
 
 What is computed, and on which bits, is the same. Streaming follows diffusers' group offloading
 (hooks/group_offloading.py); the slabs, the two rooms that all blocks share, and the learned order are ours.
@@ -11,26 +12,41 @@ What is computed, and on which bits, is the same. Streaming follows diffusers' g
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
+from framefit.device import Device
 from framefit.errors import UsageError
 from framefit.families.parts import TEXT_ENCODERS, Parts, weights
+from framefit.ledger.disk import DiskTransfer
 from framefit.ledger.live import block_bytes
-from framefit.ledger.transfer import Room, Slab, Transfer, transfer_for
-from framefit.passes import chunk
+from framefit.ledger.transfer import NoTransfer, Room, Slab, Transfer, transfer_for
+from framefit.passes.split import Split, blocks, rows
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
+from framefit.scratch import Scratch
 
-__all__ = ["Component", "Offloaded", "apply", "placed", "remove"]
+__all__ = ["Component", "Offloaded", "apply", "keep", "placed", "remove"]
 
 EMBEDDING = "framefit.offload.embedding"
+
+
+def keep(parts: Parts, name: str, setting: Offload) -> None:
+    """Where weights are to be on disk, write those of a component that has just been loaded: they leave the memory.
+
+    Raises:
+        DoesNotFit: the disk is full.
+    """
+    if setting.level != "disk" or not isinstance(parts[name], nn.Module):
+        return
+    placement = placed(parts) or _placement(parts, setting, transfer_for(parts.device))
+    parts.placement = placement
+    placement.keep(name, parts[name])
 
 
 def apply(parts: Parts, setting: Offload) -> None:
@@ -41,22 +57,33 @@ def apply(parts: Parts, setting: Offload) -> None:
             if any(tensor.device != parts.device for tensor in weights(model)):
                 model.to(parts.device)
         return
-    blocks = min((len(_blocks(models[expert])) for expert in parts.checkpoint.experts), default=0)
-    if 0 < blocks <= setting.kept:
+    fewest = min((len(blocks(models[expert])) for expert in parts.checkpoint.experts), default=0)
+    if 0 < fewest <= setting.kept:
         raise UsageError(
             f"offload={setting.value} keeps {setting.kept} blocks on the device and the denoiser of "
-            f"{parts.checkpoint.id} has {blocks}: use offload=block:K with K from 1 to {blocks - 1}, or offload=part "
-            f"for all of them."
+            f"{parts.checkpoint.id} has {fewest}: use offload={setting.level}:K with K from 1 to {fewest - 1}, or "
+            f"offload=part for all of them."
         )
-    transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in weights(model)))
-    parts.placement = Offloaded(models, parts.checkpoint.experts, setting, transfer)
+    placement = placed(parts)
+    if placement is None or placement.components:  # none, or that of another plan
+        transfer = transfer_for(parts.device, (tensor for model in models.values() for tensor in weights(model)))
+        placement = _placement(parts, setting, transfer)
+    parts.placement = placement
+    placement.take(models)
+
+
+def _placement(parts: Parts, setting: Offload, transfer: Transfer) -> Offloaded:
+    if setting.level != "disk" or isinstance(transfer, NoTransfer):
+        return Offloaded(parts.checkpoint.experts, setting, transfer)
+    scratch = Scratch.create()
+    return Offloaded(parts.checkpoint.experts, setting, DiskTransfer(transfer, scratch.path), scratch)
 
 
 def remove(parts: Parts) -> None:
-    """The weights stay on the host, in the memory that they were packed into, until something moves them."""
+    """The weights stay on the host, in the memory or the files that they were packed into."""
     if (found := placed(parts)) is None:
         return
-    found.use(())
+    found.close()
     for component in found.components.values():
         component.remove()
     parts.placement = None
@@ -71,22 +98,35 @@ class Offloaded:
     """Moves the components of a checkpoint; a `Placement`."""
 
     def __init__(
-        self, models: dict[str, nn.Module], experts: Sequence[str], setting: Offload, transfer: Transfer
+        self, experts: Sequence[str], setting: Offload, transfer: Transfer, scratch: Scratch | None = None
     ) -> None:
-        self.transfer = transfer
+        self.setting, self.transfer = setting, transfer
+        self.components: dict[str, Component] = {}
         self.in_use: tuple[str, ...] = ()
-        self._experts, self._setting = experts, setting
-        self.components = {name: self._component(name, model) for name, model in models.items()}
+        self._experts, self._scratch = experts, scratch
+
+    def keep(self, name: str, model: nn.Module) -> None:
+        """Write them to disk, before passes that may change them are applied."""
+        assert isinstance(self.transfer, DiskTransfer)
+        for tensors in Split.of(model, *self._how(name)).pieces():
+            self.transfer.keep(tensors)
+
+    def take(self, models: Mapping[str, nn.Module]) -> None:
+        """From here on their weights come and go."""
+        for name, model in models.items():
+            self.components[name] = Component.of(model, *self._how(name), self.transfer)
+        if isinstance(self.transfer, DiskTransfer):
+            self.transfer.kept.clear()  # what has changed since
 
     def use(self, names: Sequence[str]) -> None:
         wanted = tuple(name for name in names if name in self.components)
         gone = [name for name in self.in_use if name not in wanted]
         come = [name for name in wanted if name not in self.in_use]
+        self.in_use = tuple(name for name in self.in_use if name in wanted)
         for name in gone:
             self.components[name].away()
         if gone:
             self.transfer.trim()
-        self.in_use = tuple(name for name in self.in_use if name in wanted)
         for name in come:
             self.components[name].bring()
             self.in_use = (*self.in_use, name)
@@ -97,13 +137,41 @@ class Offloaded:
         component = self.components[name]
         component.remove()
         component.model.to(dtype)
-        self.components[name] = self._component(name, component.model)
+        self.take({name: component.model})
         self.use(before)
 
-    def _component(self, name: str, model: nn.Module) -> Component:
-        kept = self._setting.kept if name in self._experts else 0
+    def expect(self, name: str) -> None:
+        """What comes as a whole and the first unit, for which nothing computes meanwhile; more as memory is free."""
+        if not isinstance(self.transfer, DiskTransfer):
+            return
+        component = self.components[name]
+        slabs = [*component.whole, *(unit.slab for unit in component.stream.units)]
+        free = Device.detect("cpu").ram_free_bytes // 2
+        fit = sum(bytes <= free for bytes in accumulate(slab.bytes for slab in slabs))
+        self.transfer.expect(slabs[: max(fit, len(component.whole) + 1)])
+
+    @property
+    def slab_bytes(self) -> list[int]:
+        """Of all that moves."""
+        components = self.components.values()
+        return [
+            *(s.bytes for c in components for s in c.whole),
+            *(u.slab.bytes for c in components for u in c.stream.units),
+        ]
+
+    def close(self) -> None:
+        try:
+            self.use(())
+        finally:
+            self.transfer.close()
+            if self._scratch:
+                self._scratch.remove()
+
+    def _how(self, name: str) -> tuple[str, int]:
+        """(part, block or leaf; how many blocks stay) for a component."""
+        level = "block" if self.setting.level == "disk" else self.setting.level
         streams = name in self._experts or name in TEXT_ENCODERS
-        return Component.of(model, self._setting.level if streams else "part", kept, self.transfer)
+        return level if streams else "part", self.setting.kept if name in self._experts else 0
 
 
 @dataclass(eq=False, slots=True)
@@ -115,38 +183,24 @@ class Component:
     stream: Stream
     transfer: Transfer
     embeddings: tuple[nn.Embedding, ...]
-    """Token tables: a prompt needs a few rows of them, which are looked up where the table is."""
+    """Token tables, which are looked up on the host."""
+    held: tuple[object, ...] = ()
+    """What keeps them there."""
     _rooms: list[Room] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module, level: str, kept: int, transfer: Transfer) -> Component:
         """Pack it."""
-        modules = {"part": [], "block": _blocks(model), "leaf": _leaves(model)}[level]
-        tables = () if level == "part" else _token_tables(model)
-        at_home = {id(table.weight) for table in tables}
-        shared = _shared(modules)
-        owned = {
-            module: [t for t in weights(module) if id(t) not in at_home and id(t) not in shared] for module in modules
-        }
-        modules = [module for module in modules if owned[module]]
-        moving = {id(tensor) for tensors in owned.values() for tensor in tensors}
-        outside = [t for t in weights(model) if id(t) not in moving and id(t) not in at_home]
-        stay = _spread(kept, len(modules))
-        whole = [outside, *(owned[modules[index]] for index in sorted(stay))]
-        units = [
-            Unit(module, transfer.slab(owned[module])) for index, module in enumerate(modules) if index not in stay
-        ]
-        for table in tables:
-            if table.weight.is_cuda:
-                table.weight.data = table.weight.data.cpu()
-            elif table.weight.untyped_storage().nbytes() > table.weight.nbytes:  # else it would keep an earlier slab
-                table.weight.data = table.weight.data.clone()
+        split = Split.of(model, level, kept)
+        slabs = tuple(transfer.slab(tensors) for tensors in split.whole)
+        units = [Unit(module, transfer.slab(tensors)) for module, tensors in split.units]
+        held = tuple(transfer.stay(table) for table in split.table_weights)
+        for table in split.tables:
             HookRegistry.check_if_exists_or_initialize(table).register_hook(_OnHost(), EMBEDDING)
-        slabs = tuple(transfer.slab(tensors) for tensors in whole if tensors)
         stream = Stream(units, transfer)
-        if level == "block" and len(_rows(model)) == 1:
+        if level == "block" and len(rows(model)) == 1 and units:
             stream.expect(units)
-        return cls(model, slabs, stream, transfer, tables)
+        return cls(model, slabs, stream, transfer, split.tables, held)
 
     def bring(self) -> None:
         """To the device."""
@@ -156,12 +210,12 @@ class Component:
                 self._rooms.append(room)
                 self.transfer.copy(slab, room)
             self.stream.open()
-        except torch.OutOfMemoryError:
+            for slab, room in zip(self.whole, self._rooms, strict=True):
+                self.transfer.wait(room)
+                self.transfer.point(slab, room)
+        except BaseException:  # an interrupt too: it must be able to come again
             self.away()
             raise
-        for slab, room in zip(self.whole, self._rooms, strict=True):
-            self.transfer.wait(room)
-            self.transfer.point(slab, room)
 
     def away(self) -> None:
         """Nothing of it is on the device."""
@@ -198,47 +252,3 @@ class _OnHost(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = self.fn_ref.original_forward(ids.to(module.weight.device))
         return rows.to(ids.device)
-
-
-def _rows(model: nn.Module) -> list[nn.ModuleList]:
-    """The outermost lists whose modules are all of one class: what a model repeats, and not in every chunk."""
-
-    def search(module: nn.Module) -> Iterator[nn.ModuleList]:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len({type(each) for each in child}) == 1 and weights(child):
-                yield child
-            elif not chunk.chunked(child):
-                yield from search(child)
-
-    return list(search(model))
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for row in _rows(model) for block in row]
-
-
-def _leaves(model: nn.Module) -> list[nn.Module]:
-    """The smallest modules with weights; what computes in chunks, and asks for its layers in each, comes as a whole."""
-    chunked = [module for module in model.modules() if module is not model and chunk.chunked(module)]
-    inside = {below for module in chunked for below in module.modules()}.difference(chunked)
-    leaves = (module for module in model.modules() if module in chunked or not any(module.children()))
-    return [module for module in leaves if module not in inside and weights(module)]
-
-
-def _token_tables(model: nn.Module) -> tuple[nn.Embedding, ...]:
-    """Every module that looks tokens up; several can share a table."""
-    ask: Callable[[], Any] = getattr(model, "get_input_embeddings", lambda: None)
-    found = ask()
-    same = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    return tuple(module for module in same if isinstance(found, nn.Embedding) and module.weight is found.weight)
-
-
-def _shared(modules: Sequence[nn.Module]) -> set[int]:
-    """Tensors that several modules hold."""
-    held = Counter(id(tensor) for module in modules for tensor in weights(module))
-    return {tensor for tensor, times in held.items() if times > 1}
-
-
-def _spread(kept: int, blocks: int) -> set[int]:
-    """Which blocks stay: evenly among the others, so that the copies have time between them."""
-    return {i for i in range(blocks) if (i + 1) * kept // blocks > i * kept // blocks}

@@ -14,10 +14,10 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from framefit.ledger.transfer import Room, Slab, Transfer
+from framefit.streaming import ROOMS
 
 __all__ = ["Stream", "Unit"]
 
-ROOMS = 2
 HOOK = "framefit.offload"
 
 
@@ -52,6 +52,8 @@ class Stream:
     _places: list[_Place] = field(default_factory=list)
     _at_work: _Place | None = None
     _called: Unit | None = None
+    _inside: Unit | None = None
+    """That has been entered and not been left: where something is raised, it never is."""
 
     def __post_init__(self) -> None:
         for unit in self.units:
@@ -82,7 +84,7 @@ class Stream:
         self.transfer.settle()
         for unit in self.units:
             self.transfer.point(unit.slab, None)
-        self._places, self._at_work, self._called = [], None, None
+        self._places, self._at_work, self._called, self._inside = [], None, None, None
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -91,11 +93,18 @@ class Stream:
 
     def enter(self, unit: Unit) -> None:
         """`unit` computes next."""
+        if self._inside:  # the last forward broke off there, and the order begins anew
+            self.leave(self._inside)
+            self._called = None
         place = self._begin(unit)
-        self.transfer.wait(place.room)
+        try:
+            self.transfer.wait(place.room)
+        except BaseException:
+            place.unit = None
+            raise
         self.transfer.point(unit.slab, place.room)
         self.asked(unit)
-        self._at_work = place
+        self._at_work, self._inside = place, unit
         if self._called:
             self.after[self._called] = unit
         else:
@@ -109,6 +118,7 @@ class Stream:
         assert self._at_work
         self.transfer.release(self._at_work.room)
         self.transfer.point(unit.slab, None)
+        self._inside = None
 
     def _begin(self, unit: Unit) -> _Place:
         """Where the weights of `unit` are or will be: where they are in no room yet, in the one that is not at work."""
@@ -117,8 +127,9 @@ class Stream:
             if place.unit is unit:
                 return place
         place = next((place for place in self._places if place is not self._at_work), self._places[0])
-        place.unit = unit
+        place.unit = None  # until the copy is on its way
         self.transfer.copy(unit.slab, place.room)
+        place.unit = unit
         return place
 
 

@@ -51,5 +51,6 @@ def _places(setting: Setting, blocks: int) -> str:
         "part": ": a component comes for the phases that need it",
         "block": f": blocks stream{stay}",
         "leaf": ": layers stream",
+        "disk": f": blocks are read from files{stay}",
     }
     return told.get(setting.level, "")

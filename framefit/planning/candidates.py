@@ -66,7 +66,8 @@ def places(plan: Plan, traces: Sequence[PhaseTrace]) -> tuple[str, ...]:
     if offload.asked or plan.device.id == "cpu":
         return (offload.value,)
     stay = range(moved.blocks(traces) - 1, 0, -1)
-    return ("none", "part", *(f"block:{kept}" for kept in stay), "block", "leaf")
+    host = ("none", "part", *(f"block:{kept}" for kept in stay), "block", "leaf")
+    return (*host, *(f"disk:{kept}" for kept in stay), "disk")
 
 
 def slower(plan: Plan, checkpoint: Checkpoint, phase: str) -> float:

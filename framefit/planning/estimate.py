@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import accumulate, repeat
 
 from framefit import rates
+from framefit.device import state_folder
 from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Estimate, PhaseEstimate, Plan
@@ -28,6 +29,8 @@ from framefit.request import ResolvedRequest
 __all__ = ["check_fits", "estimated", "steps_of", "with_phases"]
 
 KINDS = ("attention", "matmul", "convolution", "elementwise")
+DISK_GB_PER_S = 2.0
+"""That a disk gives, where files are not in the system's cache any more. Assumed: an SSD on four lanes of PCIe 3."""
 NAMED = 8
 """What is largest at a peak."""
 
@@ -81,10 +84,18 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
     fits_with = f"it fits with {'; or '.join(map(str, ways))}, or " if ways else "use "
     if not plan.host_fits:
         need = max(phase.host_bytes for phase in plan.estimate.phases)
+        less = "" if plan.offload == "disk" else "offload=disk, "
         raise DoesNotFit(
             f"{plan.request.model} with offload={plan.offload} keeps {need / 2**30:.1f} GiB in RAM and "
-            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}offload=none, or a smaller model "
+            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}{less}offload=none, or a smaller model "
             f"(framefit models ls); or free some."
+        )
+    if not plan.disk_fits:
+        need = max(phase.disk_bytes for phase in plan.estimate.phases)
+        raise DoesNotFit(
+            f"{plan.request.model} with offload=disk writes {need / 2**30:.1f} GiB of weights below {state_folder()} "
+            f"and {plan.device.disk_free_bytes / 2**30:.1f} GiB are free there: make room, set XDG_STATE_HOME to "
+            f"another disk, or use offload=block."
         )
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding
     what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
@@ -125,8 +136,8 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
         seconds=_seconds(trace, plan, checkpoint, known),
         peak_vram_bytes=weights + _reserved(trace, known) if on_card else 0,
         host_bytes=trace.host_bytes + video + (0 if on_card else weights + trace.peak_bytes),
-        disk_bytes=0,
-        pinned_bytes=trace.pinned_bytes,
+        pinned_bytes=trace.pinned_bytes if on_card else 0,
+        disk_bytes=trace.disk_bytes,
         held=dict(sorted(held.items(), key=lambda each: -each[1])[:NAMED]),
     )
 
@@ -151,7 +162,7 @@ def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates
         work[kind] = seconds or 0.0
     times = steps_of(plan.request, checkpoint).get(trace.name.removeprefix("denoise:"), 1)
     step = _beside(work, trace.bytes["host_to_device"], plan.offload, known)
-    begin = known.copy_seconds("host_to_device", trace.onload_bytes) or 0.0
+    begin = _copied(trace.onload_bytes, plan.offload, known)
     return begin + times * step * slower(plan, checkpoint, trace.name)
 
 
@@ -161,20 +172,30 @@ def _beside(work: Mapping[str, float], bytes: int, offload: str, known: Rates) -
     A block comes while the one before it computes. A layer comes while the layer before it does, and most layers are
     products: attention hides the copy of one only. What is copied takes its share of the card's memory, too.
     """
-    copy = known.copy_seconds("host_to_device", bytes) or 0.0
+    copy = _copied(bytes, offload, known)
     hides = work["matmul"] + work["convolution"] if offload == "leaf" else sum(work.values())
     return sum(work.values()) - hides + max(hides, copy) + bytes / known.memory_gb_per_s / 1e9
 
 
+def _copied(bytes: int, offload: str, known: Rates) -> float:
+    """Seconds in which weights come to the device."""
+    if offload == "disk":
+        return bytes / DISK_GB_PER_S / 1e9
+    return known.copy_seconds("host_to_device", bytes) or 0.0
+
+
 def _load(plan: Plan, sizes: Mapping[str, int], kept: Mapping[str, int]) -> PhaseEstimate:
-    """Every component is read to the host whole, shrunk to what is kept of it, and moved unless it stays there."""
+    """Every component is read to the host whole, shrunk to what is kept of it, and moved or written to disk unless it
+    stays there."""
     held = {f"weights of the {name}": size for name, size in sorted(kept.items(), key=lambda each: -each[1])}
-    stays = plan.device.id == "cpu" or plan.offload != "none"
-    on_card = 0 if stays else sum(kept.values())
+    on_disk = plan.offload == "disk"
+    stays = (plan.device.id == "cpu" or plan.offload != "none") and not on_disk
+    on_card = 0 if stays or on_disk else sum(kept.values())
     before = accumulate((kept[name] for name in sizes), initial=0) if stays else repeat(0)
     host = max(read + there for read, there in zip(sizes.values(), before, strict=False))
     return PhaseEstimate(
-        name="load", seconds=None, peak_vram_bytes=on_card, host_bytes=host, disk_bytes=0, held=held
+        name="load", seconds=None, peak_vram_bytes=on_card, host_bytes=host,
+        disk_bytes=sum(kept.values()) if on_disk else 0, held=held,
     )  # fmt: skip
 
 

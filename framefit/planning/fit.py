@@ -121,7 +121,7 @@ class _Search:
     def before(self, option: Option, setting: Setting) -> Plan:
         """As `option`, with the value of one type that comes before its own; of offload, the level before."""
         if isinstance(setting, Offload):
-            level = {"part": "none", "block": "part", "leaf": "block"}[setting.level]
+            level = {"part": "none", "block": "part", "leaf": "block", "disk": "block"}[setting.level]
             return next(o.plan for o in self.options(option.rungs) if o.plan.offload == level)
         rungs = tuple(
             rung - (each.kind.type == setting.type) for (each, _), rung in zip(self.ladders, option.rungs, strict=True)

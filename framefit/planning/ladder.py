@@ -45,7 +45,8 @@ class Relief:
 LADDER: tuple[Relief, ...] = (
     Relief(kind=Guidance, before="together", after="apart", phases=("denoise",), ram=True,
            helps=lambda plan: plan.request.guided),
-    Relief(kind=Chunk, before="none", after="rows", phases=("denoise",), ram=True),
+    Relief(kind=Chunk, before="none", after="rows", phases=("denoise",), ram=True,
+           helps=lambda plan: plan.offload != "disk"),  # all its files would be written anew
     Relief(kind=Offload, before="none", after="part", phases=("load", *COMPUTING)),
     Relief(kind=Offload, before="part", after="block", phases=STREAMING),
     Relief(kind=Offload, before="block:*", after="block", phases=STREAMING),

@@ -11,14 +11,9 @@ from dataclasses import dataclass, replace
 
 from framefit.plan import Offload
 from framefit.planning.phase import PhaseTrace, Pieces
+from framefit.streaming import ROOMS, spread, staging_bytes
 
-__all__ = ["LEVELS", "blocks", "can_move", "moved"]
-
-LEVELS = ("none", "part", "block", "leaf")
-"""Of offload, that are known here."""
-
-ROOMS = 2
-"""That the units of a stream pass through."""
+__all__ = ["blocks", "can_move", "moved"]
 
 
 def blocks(traces: Sequence[PhaseTrace]) -> int:
@@ -28,7 +23,7 @@ def blocks(traces: Sequence[PhaseTrace]) -> int:
 
 def can_move(traces: Sequence[PhaseTrace], offload: Offload) -> bool:
     """Whether the model has as many blocks as are to stay, and one more."""
-    return offload.level in LEVELS and (offload.kept == 0 or offload.kept < blocks(traces))
+    return offload.kept == 0 or offload.kept < blocks(traces)
 
 
 def moved(traces: Sequence[PhaseTrace], offload: Offload) -> tuple[PhaseTrace, ...]:
@@ -36,10 +31,16 @@ def moved(traces: Sequence[PhaseTrace], offload: Offload) -> tuple[PhaseTrace, .
     every = {name: pieces for trace in traces for name, pieces in trace.pieces.items()}
     if offload.level == "none":
         return tuple(replace(t, weights_bytes={name: each.bytes for name, each in every.items()}) for t in traces)
-    level = {name: offload.level if pieces.layers else "part" for name, pieces in every.items()}
-    host = sum(pieces.bytes for pieces in every.values())
-    pinned = host - sum(pieces.tables_bytes for name, pieces in every.items() if level[name] != "part")
-    return tuple(_moved(trace, level, offload.kept if _denoises(trace) else 0, host, pinned) for trace in traces)
+    streams = "block" if offload.level == "disk" else offload.level
+    level = {name: streams if pieces.layers else "part" for name, pieces in every.items()}
+    kept = sum(pieces.bytes for pieces in every.values())
+    pinned = kept - sum(pieces.tables_bytes for name, pieces in every.items() if level[name] != "part")
+    host, disk = kept, 0
+    if offload.level == "disk":
+        staging = staging_bytes(max(_largest(pieces, level[name]) for name, pieces in every.items()))
+        host, pinned, disk = staging, staging, kept
+    there = (_moved(trace, level, offload.kept if _denoises(trace) else 0) for trace in traces)
+    return tuple(replace(trace, host_bytes=host, pinned_bytes=pinned, disk_bytes=disk) for trace in there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,13 @@ class _Split:
     """Share of what a level moves that moves where some blocks stay."""
 
 
-def _moved(trace: PhaseTrace, levels: Mapping[str, str], kept: int, host: int, pinned: int) -> PhaseTrace:
+def _moved(trace: PhaseTrace, levels: Mapping[str, str], kept: int) -> PhaseTrace:
     splits = {name: _split(pieces, levels[name], kept) for name, pieces in trace.pieces.items()}
     streaming = {levels[name]: split.streams for name, split in splits.items() if split.streams}
     copied = sum(int(trace.bytes[level] * share) for level, share in streaming.items())
     return replace(
         trace, weights_bytes={name: split.whole_bytes + split.rooms_bytes for name, split in splits.items()},
-        onload_bytes=sum(split.whole_bytes for split in splits.values()), host_bytes=host, pinned_bytes=pinned,
+        onload_bytes=sum(split.whole_bytes for split in splits.values()),
         bytes={**trace.bytes, "host_to_device": trace.bytes["host_to_device"] + copied},
     )  # fmt: skip
 
@@ -68,10 +69,17 @@ def _split(pieces: Pieces, level: str, kept: int) -> _Split:
     if level == "part":
         return _Split(pieces.bytes, 0, 0.0)
     units = pieces.blocks if level == "block" else pieces.layers
-    # evenly among the others, as the pass spreads them
-    stream = [size for i, size in enumerate(units) if (i + 1) * kept // len(units) == i * kept // len(units)]
+    stay = spread(kept, len(units))
+    stream = [size for i, size in enumerate(units) if i not in stay]
     whole = pieces.bytes - pieces.tables_bytes - sum(stream)
     return _Split(whole, min(ROOMS, len(stream)) * max(stream, default=0), sum(stream) / sum(units))
+
+
+def _largest(pieces: Pieces, level: str) -> int:
+    """Bytes that lie together."""
+    if level == "part":
+        return pieces.bytes
+    return max(pieces.bytes - pieces.tables_bytes - sum(pieces.blocks), pieces.tables_bytes, *pieces.blocks)
 
 
 def _denoises(trace: PhaseTrace) -> bool:

@@ -39,6 +39,8 @@ class PhaseTrace:
     """Of these, pinned."""
     onload_bytes: int = 0
     """Of weights that come to the device when the phase begins; what streams is in `bytes`."""
+    disk_bytes: int = 0
+    """Of weights in temporary files."""
     peak_bytes: int
     """Of everything else on the device, when it is most."""
     held: Mapping[str, int]

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from framefit.families.parts import Parts
+from framefit.families.parts import TEXT_ENCODERS, Parts
 from framefit.ledger.live import block_bytes
-from framefit.ledger.transfer import NoTransfer
+from framefit.ledger.transfer import Slab
 from framefit.passes import offload
-from framefit.passes.offload import Component, Offloaded
-from framefit.plan import Offload
+from framefit.passes.split import Split
 from framefit.planning.phase import Pieces
+from framefit.streaming import staging_bytes
 
 __all__ = ["Cut", "Placed", "cut", "kept", "placed", "watch"]
 
@@ -29,6 +29,7 @@ class Placed:
     pinned_bytes: int = 0
     onload_bytes: int = 0
     """That come to the device as a whole when the phase begins."""
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +42,25 @@ class Cut:
 
 
 def cut(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module, int]) -> dict[str, Cut]:
-    """By component, where the weights stay; by the offload pass itself, which leaves nothing behind."""
+    """By component, where the weights stay; nothing is moved."""
     if parts.placement:
         return {}
-    models = {name: part for name, part in parts.components.items() if isinstance(part, nn.Module)}
-    experts = [expert for expert in parts.checkpoint.experts if expert in models]
-    found: dict[str, dict[str, Component]] = {name: {} for name in models}
-    for level in ("block", "leaf"):
-        moved = Offloaded(models, experts, Offload(value=level), NoTransfer(parts.device))
-        for name, component in moved.components.items():
-            found[name][level] = component
-            component.remove()
-    return {name: _cut(models[name], weights[name], levels, standing) for name, levels in found.items()}
+    streams = (*parts.checkpoint.experts, *TEXT_ENCODERS)
+    return {name: _cut(parts[name], size, name in streams, standing) for name, size in weights.items()}
 
 
-def _cut(model: nn.Module, bytes: int, levels: Mapping[str, Component], standing: Mapping[nn.Module, int]) -> Cut:
+def _cut(model: nn.Module, bytes: int, streams: bool, standing: Mapping[nn.Module, int]) -> Cut:
     times = _times(model, standing)
     modules: dict[nn.Module, dict[str, int]] = {}
     units: dict[str, tuple[int, ...]] = {}
-    for level, component in levels.items():
-        for unit in component.stream.units:
-            modules.setdefault(unit.module, {})[level] = unit.slab.bytes
-        units[level] = tuple(u.slab.bytes for u in component.stream.units for _ in range(times[u.module]))
-    tables = levels["block"].embeddings_bytes
+    tables = 0
+    for level in ("block", "leaf"):
+        split = Split.of(model, level if streams else "part", 0)
+        sizes = {module: Slab(tensors).bytes for module, tensors in split.units}
+        for module, size in sizes.items():
+            modules.setdefault(module, {})[level] = size
+        units[level] = tuple(size for module, size in sizes.items() for _ in range(times[module]))
+        tables = sum(block_bytes(table.nbytes) for table in split.table_weights)
     return Cut(Pieces(bytes=bytes, tables_bytes=tables, blocks=units["block"], layers=units["leaf"]), modules)
 
 
@@ -94,6 +91,11 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
             whole = weights[name] - component.embeddings_bytes - moving
             device[name], onload = whole + component.stream.rooms_bytes, onload + whole
     host = sum(weights.values())
+    if found.setting.level == "disk":
+        staging = staging_bytes(max(found.slab_bytes))
+        return Placed(
+            device_bytes=device, host_bytes=staging, pinned_bytes=staging, onload_bytes=onload, disk_bytes=host
+        )  # fmt: skip
     unpinned = sum(component.embeddings_bytes for component in found.components.values())
     return Placed(device_bytes=device, host_bytes=host, pinned_bytes=host - unpinned, onload_bytes=onload)
 

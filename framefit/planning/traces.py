@@ -18,7 +18,7 @@ from pathlib import Path
 from framefit.checkpoint import default_root
 from framefit.families import Checkpoint
 from framefit.plan import Offload, Plan
-from framefit.planning.moved import LEVELS, can_move, moved
+from framefit.planning.moved import can_move, moved
 from framefit.planning.phase import PhaseTrace
 
 __all__ = ["STAGES", "PhaseTrace", "resident", "traced"]
@@ -38,7 +38,7 @@ def traced(plan: Plan, checkpoint: Checkpoint, folder: Path | None = None) -> tu
         folder: where they are kept; None: `traces` in the user's state folder.
     """
     offload = _offload(plan)
-    if offload.level in LEVELS and can_move(found := resident(plan, checkpoint, folder), offload):
+    if can_move(found := resident(plan, checkpoint, folder), offload):
         return moved(found, offload)
     return _kept(plan, checkpoint, folder)
 
