@@ -187,9 +187,9 @@ class Pipeline:
                     for chunk in self._timed(islice(self._family.decode(self.parts, latents), done, None)):
                         done += 1
                         for frame in chunk.numpy():
-                            if cancelled():
-                                raise Cancelled("stopped while the frames were decoded.")
+                            _stop_if(cancelled)
                             yield frame
+                        _stop_if(cancelled)
                     return
                 except NotFinite as error:
                     self._to_fp32(("vae",), error)
@@ -238,7 +238,8 @@ class Pipeline:
         latents = denoised()
         self.parts.use("vae")
         middle = self._family.settle(latents, conditioning)[:, :, latents.shape[2] // 2].unsqueeze(2)
-        frame: Frame = next(iter(self._family.decode(self.parts, middle)))[0].numpy()
+        chunks = self._family.decode(self.parts, middle)
+        frame: Frame = next(chunk for chunk in chunks if len(chunk))[0].numpy()
         return frame
 
     def _timed(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -266,6 +267,11 @@ class Pipeline:
         for name in half:
             self.parts.cast(name, torch.float32)
         self.ledger.note(f"{error} It runs in fp32 from here on ({', '.join(half)}).")
+
+
+def _stop_if(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise Cancelled("stopped while the frames were decoded.")
 
 
 def _check_finite(tensors: Iterable[torch.Tensor], who: str, dtype: torch.dtype) -> None:

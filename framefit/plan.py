@@ -14,7 +14,7 @@ from framefit.device import Device
 from framefit.errors import UsageError
 from framefit.request import ResolvedRequest
 
-__all__ = ["SETTINGS", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
+__all__ = ["SETTINGS", "Decode", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan", "Setting", "Tier"]
 
 S = TypeVar("S", bound="Setting")
 
@@ -51,6 +51,30 @@ class Setting:
     def possible(cls) -> tuple[str, ...]:
         """As they are written for the user."""
         return (*cls.values, cls.more) if cls.more else cls.values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decode(Setting):
+    """How much of a video the VAE takes at once, when it decodes and when it encodes the photo's video.
+
+    The frames of one latent together, as the reference does (whole); one frame after the other (frame); or besides one
+    tile of the pictures after the other, of at most PX pixels each way (tile:PX). The maths is the same.
+    """
+
+    type = "decode"
+    title = "pieces of the VAE"
+    values = ("whole", "frame")
+    more = "tile:PX"
+
+    @classmethod
+    def accepts(cls, value: str) -> bool:
+        kind, _, size = value.partition(":")
+        return value in cls.values or (kind == "tile" and size.isdecimal() and int(size) > 0)
+
+    @property
+    def tile_px(self) -> int:
+        """0: whole pictures."""
+        return int(self.value.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +118,7 @@ class Offload(Setting):
         return int(self.value.partition(":")[2] or 0)
 
 
-SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Offload)}
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Decode, Guidance, Offload)}
 """Every type of setting: the vocabulary of a plan."""
 
 

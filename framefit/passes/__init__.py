@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from framefit.families.parts import Parts
-from framefit.passes import guidance, offload
-from framefit.plan import Guidance, Offload, Plan, Setting
+from framefit.passes import decode, guidance, offload
+from framefit.plan import Decode, Guidance, Offload, Plan, Setting
 
 __all__ = ["ORDER", "apply_all"]
 
 ORDER: tuple[tuple[type[Setting], Any], ...] = (
+    (Decode, decode),  # touches no module: it only says how much of a video goes through the VAE's at once
     (Guidance, guidance),  # touches no module: it only says how the loop calls them
     (Offload, offload),  # last: it packs the weights as all others leave them
 )

@@ -13,7 +13,7 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import SETTINGS, Estimate, Guidance, Offload, Plan, Setting
+from framefit.plan import SETTINGS, Decode, Estimate, Guidance, Offload, Plan, Setting
 from framefit.request import Request, ResolvedRequest
 
 __all__ = ["choose", "component_bytes"]
@@ -184,6 +184,7 @@ def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting
         raise UsageError(f"setting '{unknown[0]}' is unknown: the settings are {', '.join(SETTINGS)}.")
     together = "together" if checkpoint.batched_guidance else "apart"
     usual = (
+        Decode(value="whole", because="as many frames at once as the reference takes"),
         Guidance(value=together, because="as the reference pipeline runs them"),
         Offload(value="none", because="weights on the device are the fastest"),
     )

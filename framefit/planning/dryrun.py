@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any, cast
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts
 from framefit.families.parts import weights as weights_of
+from framefit.families.pieces import Tile
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
@@ -71,6 +72,7 @@ def followed(
         stack.enter_context(_following(modules, standing, at_work, tally))
         watch(parts, lambda bytes: tally.move("host_to_device", bytes))
         stack.enter_context(_steady(parts["vae"], live, tally))
+        parts.pieces = replace(parts.pieces, each=partial(_one_for_all, tally))
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
@@ -227,11 +229,11 @@ def _following(
 
 @contextmanager
 def _steady(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
-    """Children of `part` that are called with equal shapes again and again, as over a video's chunks, run twice.
+    """Modules of a VAE that are called with equal shapes again and again, as over a video's chunks, run twice.
 
     The first call of a row may fill what later ones find; from the third on, each is as the second was.
     """
-    children = [child for child in part.children() if not isinstance(child, nn.ModuleList)]
+    children = list(_units(part))
     for child in children:
         child.forward = partial(_as_before, child.forward, _Last(), live, tally)
     try:
@@ -239,6 +241,21 @@ def _steady(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
     finally:
         for child in children:
             del child.forward  # the class's is there again
+
+
+def _units(vae: nn.Module) -> Iterator[nn.Module]:
+    """What a way through a video calls: children, those of the encoder and decoder, and the blocks of their rows."""
+    for child in vae.children():
+        yield child
+        for inner in child.children():
+            yield from inner if isinstance(inner, nn.ModuleList) else (inner,)
+
+
+def _one_for_all(tally: Tally, tiles: Sequence[Tile]) -> Iterator[Tile]:
+    """Tiles are of one size: the first stands for all."""
+    tally.times *= len(tiles)
+    yield tiles[0]
+    tally.times //= len(tiles)
 
 
 @dataclass(slots=True)
