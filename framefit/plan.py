@@ -57,8 +57,8 @@ class Setting:
 class Decode(Setting):
     """How much of a video the VAE takes at once, when it decodes and when it encodes the photo's video.
 
-    The frames of one latent together, as the reference does (whole); one frame after the other (frame); or besides one
-    tile of the pictures after the other, of at most PX pixels each way (tile:PX). The maths is the same.
+    Whole pictures, the frames of one latent together, as the reference does (whole); whole pictures one by one (frame);
+    or one tile of all pictures after the other, of at most PX pixels each way (tile:PX). The maths is the same.
     """
 
     type = "decode"
@@ -118,7 +118,7 @@ class Offload(Setting):
         return int(self.value.partition(":")[2] or 0)
 
 
-SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Decode, Guidance, Offload)}
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Decode, Offload)}
 """Every type of setting: the vocabulary of a plan."""
 
 

@@ -51,15 +51,16 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
     config = vae.config
     patch, stride = config.patch_size or 1, config.scale_factor_spatial
     tiles = pieces.tiles(video[0].shape[3] // stride, video[0].shape[4] // stride, stride)
+    one_by_one = pieces.one_by_one or bool(tiles)  # halos are widest where pictures are largest
 
     def taken() -> Iterator[torch.Tensor]:
-        step = 1 if pieces.one_by_one else config.scale_factor_temporal
+        step = 1 if one_by_one else config.scale_factor_temporal
         yield patchified(video[0], patch)
         for start in range(1, len(video), step):
             yield patchified(torch.cat([*video[start : start + step]], dim=2), patch)
 
     def features(tile: Tile | None) -> Iterator[torch.Tensor]:
-        return through(_down(vae.encoder), taken(), tile, one_by_one=pieces.one_by_one)
+        return through(_down(vae.encoder), taken(), tile, one_by_one=one_by_one)
 
     shrunk = _joined(tiles, pieces, features) if tiles else features(None)
     middle = _chain(_block(vae.encoder.mid_block), _end(vae.encoder))

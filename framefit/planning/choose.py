@@ -184,8 +184,8 @@ def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting
         raise UsageError(f"setting '{unknown[0]}' is unknown: the settings are {', '.join(SETTINGS)}.")
     together = "together" if checkpoint.batched_guidance else "apart"
     usual = (
-        Decode(value="whole", because="as many frames at once as the reference takes"),
         Guidance(value=together, because="as the reference pipeline runs them"),
+        Decode(value="whole", because="as many frames at once as the reference takes"),
         Offload(value="none", because="weights on the device are the fastest"),
     )
     return tuple(

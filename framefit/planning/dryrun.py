@@ -233,14 +233,16 @@ def _steady(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
 
     The first call of a row may fill what later ones find; from the third on, each is as the second was.
     """
-    children = list(_units(part))
+    children = {child: child.__dict__.get("forward") for child in _units(part)}
     for child in children:
         child.forward = partial(_as_before, child.forward, _Last(), live, tally)
     try:
         yield
     finally:
-        for child in children:
+        for child, before in children.items():
             del child.forward  # the class's is there again
+            if before:
+                child.forward = before
 
 
 def _units(vae: nn.Module) -> Iterator[nn.Module]:
