@@ -284,9 +284,8 @@ class Pipeline:
             while True:
                 shortage = None
                 try:
-                    for frame in islice(self._frames(state), done, None):
-                        if cancelled():
-                            raise Cancelled("stopped while the frames were decoded.")
+                    for frame in islice(self._frames(state, cancelled), done, None):
+                        _stop_if(cancelled)
                         done += 1
                         yield frame
                     return
@@ -362,17 +361,19 @@ class Pipeline:
         latents = denoised()
         self.parts.use("vae")
         middle = self._family.settle(latents, conditioning)[:, :, latents.shape[2] // 2].unsqueeze(2)
+        chunks = self._family.decode(self.parts, middle)
         try:
-            frame: Frame = next(iter(self._family.decode(self.parts, middle)))[0].numpy()
+            frame: Frame = next(chunk for chunk in chunks if len(chunk))[0].numpy()
         except Exception:
             self.parts.forget()
             raise
         return frame
 
-    def _frames(self, state: State) -> Iterator[Frame]:
+    def _frames(self, state: State, cancelled: Callable[[], bool]) -> Iterator[Frame]:
         state.move(self.parts.device)
         latents = self._family.settle(state.latents, state.conditioning)
         for chunk in self._timed(self._family.decode(self.parts, latents)):
+            _stop_if(cancelled)
             yield from chunk.numpy()
 
     def _timed(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -431,6 +432,11 @@ def _give_back(plan: Plan) -> None:
     gc.collect()
     if plan.device.id != "cpu":
         torch.cuda.empty_cache()
+
+
+def _stop_if(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise Cancelled("stopped while the frames were decoded.")
 
 
 def _check_finite(tensors: Iterable[torch.Tensor], who: str, dtype: torch.dtype) -> None:

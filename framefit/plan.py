@@ -16,8 +16,8 @@ from framefit.errors import BadInput, UsageError
 from framefit.request import ResolvedRequest
 
 __all__ = [
-    "ASKED", "QUALITIES", "SETTINGS", "TIERS", "Chunk", "Estimate", "Guidance", "Offload", "PhaseEstimate", "Plan",
-    "Quantize", "Setting", "Tier",
+    "ASKED", "QUALITIES", "SETTINGS", "TIERS", "Chunk", "Decode", "Estimate", "Guidance", "Offload", "PhaseEstimate",
+    "Plan", "Quantize", "Setting", "Tier",
 ]  # fmt: skip
 
 S = TypeVar("S", bound="Setting")
@@ -76,6 +76,31 @@ class Setting:
     def possible(cls) -> tuple[str, ...]:
         """As they are written for the user."""
         return (*cls.values, cls.more) if cls.more else cls.values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decode(Setting):
+    """How much of a video the VAE takes at once, when it decodes and when it encodes the photo's video.
+
+    Whole pictures, the frames of one latent together, as the reference does (whole); whole pictures one by one (frame);
+    or one tile of all pictures after the other, of at most PX pixels each way (tile:PX). The maths is the same.
+    """
+
+    type = "decode"
+    title = "pieces of the VAE"
+    values = ("whole", "frame")
+    more = "tile:PX"
+    phases = ("encode_image", "decode")
+
+    @classmethod
+    def accepts(cls, value: str) -> bool:
+        kind, _, size = value.partition(":")
+        return value in cls.values or (kind == "tile" and size.isdecimal() and int(size) > 0)
+
+    @property
+    def tile_px(self) -> int:
+        """0: whole pictures."""
+        return int(self.value.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +191,7 @@ class Chunk(Setting):
         return int(self.value.partition(":")[2] or 0) or None
 
 
-SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Quantize, Chunk, Guidance, Offload)}
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Quantize, Chunk, Decode, Guidance, Offload)}
 """Every type of setting: the vocabulary of a plan."""
 
 

@@ -173,6 +173,7 @@ def candidates(untouched: Plan, tier: Tier) -> Iterator[dict[str, str]]:
     }
     if untouched.device.id == "cpu":  # weights have no other place to be
         allowed["offload"] = [usual["offload"]]
+    allowed["decode"] = [usual["decode"]]  # no step is faster or slower for it
     for values in product(*allowed.values()):
         if (found := dict(zip(allowed, values, strict=True))) != usual:
             yield found

@@ -177,7 +177,7 @@ def test_every_flag_of_the_request_reaches_the_plan(call: Call, tiny: Tiny, phot
     }  # fmt: skip
     assert plan["precision"] == "bf16"
     assert plan["settings"][0] == {"type": "guidance", "tier": "exact", "value": "together", "because": "asked for"}
-    assert [setting["type"] for setting in plan["settings"]] == ["guidance", "offload"]
+    assert [setting["type"] for setting in plan["settings"]] == ["guidance", "decode", "offload"]
 
 
 IMPORTS = """

@@ -41,6 +41,7 @@ FRAMEFIT = Variant(name="framefit", engine="framefit")
 CACHE_DIT = Variant(name="cache-dit offload", engine="cache-dit")
 
 NEEDS: Mapping[str, Callable[[Scenario], bool]] = {
+    "decode": lambda scenario: scenario.kind == "decode",
     "guidance": lambda scenario: scenario.branches == 2,
     "offload": lambda scenario: scenario.group != "cpu",
 }

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 import torch
 from PIL import Image
 
+from framefit.families import magvit_vae
 from framefit.families.parts import Notice, Parts, Tensors, noise
-from framefit.families.pixels import to_frames, to_tensor
+from framefit.families.pixels import blank, placed, to_tensor
 from framefit.families.text import tokenize
 from framefit.request import ResolvedRequest
 
@@ -59,23 +60,30 @@ def encode_image(
     latents = noise(shape, generator, parts.device)
     video = inpaint_video(request.num_frames, first, last)
     if parts["transformer"].config.add_noise_in_inpaint_model:
-        video = torch.where(
-            video == -1, video, video + IMAGE_NOISE * noise(tuple(video.shape), generator, video.device)
-        )
-    known = vae.encode(video.to(parts.device, vae.dtype))[0].mode().float() * vae.config.scaling_factor
+        video = _noised(video, generator)
+    video = placed(video, parts.device, vae.dtype)
+    known = magvit_vae.encoded(vae, video, parts.pieces).float() * vae.config.scaling_factor
     mask = _known_frames(shape[2]) * vae.config.scaling_factor
     mask = mask.to(parts.device).expand(-1, -1, -1, *shape[3:])
     scale = getattr(parts["scheduler"], "init_noise_sigma", 1.0)
     return latents * scale, {"inpaint": torch.cat([mask, known], dim=1)}
 
 
-def inpaint_video(num_frames: int, first: Image.Image, last: Image.Image | None) -> torch.Tensor:
-    """(1, 3, F, H, W): the known frames in [-1, 1], -1 everywhere else."""
-    video = torch.full((1, 3, num_frames, first.height, first.width), -1.0)
-    video[:, :, 0] = to_tensor(first)
-    if last is not None:
-        video[:, :, -1] = to_tensor(last)
-    return video
+def inpaint_video(num_frames: int, first: Image.Image, last: Image.Image | None) -> list[torch.Tensor]:
+    """Frames (1, 3, 1, H, W): the known ones in [-1, 1], -1 everywhere else."""
+    photo = to_tensor(first).unsqueeze(2)
+    ends = [] if last is None else [to_tensor(last).unsqueeze(2)]
+    black = torch.full((1, 1, 1, 1, 1), -1.0).expand_as(photo)
+    return [photo, *[black] * (num_frames - 1 - len(ends)), *ends]
+
+
+def _noised(video: list[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+    """Noise on what is not black, drawn for all frames as upstream draws it."""
+    drawn = noise((*video[0].shape[:2], len(video), *video[0].shape[3:]), generator, video[0].device)
+    return [
+        frame if blank(frame) else torch.where(frame == -1, frame, frame + IMAGE_NOISE * own)
+        for frame, own in zip(video, torch.split(drawn, 1, dim=2), strict=True)
+    ]
 
 
 def predict(
@@ -101,7 +109,7 @@ def settle(latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:
 
 def decode(parts: Parts, latents: torch.Tensor) -> Iterator[torch.Tensor]:
     vae = parts["vae"]
-    yield to_frames(vae.decode((1 / vae.config.scaling_factor * latents).to(vae.dtype), return_dict=False)[0])
+    yield from magvit_vae.decoded(vae, (1 / vae.config.scaling_factor * latents).to(vae.dtype), parts.pieces)
 
 
 def _qwen(parts: Parts, prompt: str, notice: Notice) -> torch.Tensor:

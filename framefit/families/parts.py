@@ -16,6 +16,7 @@ from PIL import Image
 from framefit.errors import FramefitError, ModelMissing
 from framefit.families import easyanimate_v5
 from framefit.families.checkpoint import Checkpoint, Component
+from framefit.families.pieces import Pieces
 from framefit.request import ResolvedRequest
 
 __all__ = [
@@ -46,6 +47,8 @@ class Parts:
     """Where they compute."""
     branches: Literal["together", "apart"] = field(default="together")
     """Whether both guidance branches run in one forward; set by the guidance pass."""
+    pieces: Pieces = field(default=Pieces())
+    """How much of a video the VAE takes at once; set by the decode pass."""
     placement: Placement | None = field(default=None)
     """Moves weights to and from the device; None: all stay there. Set by the offload pass."""
 
@@ -137,7 +140,7 @@ class Family(Protocol):
         """What is left to do to the latents once the last step is taken."""
 
     def decode(self, parts: Parts, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Final latents -> chunks of frames, uint8 (F, H, W, 3) on the host."""
+        """Final latents -> chunks of frames, uint8 (F, H, W, 3) on the host; one of no frames is a place to stop."""
 
 
 def load_parts(

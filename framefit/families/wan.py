@@ -17,8 +17,9 @@ import ftfy
 import torch
 from PIL import Image
 
+from framefit.families import wan_vae
 from framefit.families.parts import Notice, Parts, Tensors, noise
-from framefit.families.pixels import to_frames, to_tensor
+from framefit.families.pixels import placed, to_tensor
 from framefit.families.text import tokenize
 from framefit.request import ResolvedRequest
 
@@ -64,10 +65,10 @@ def encode_image(
     latents = noise((1, config.z_dim, frames, height, width), generator, parts.device)
     photo = to_tensor(first).unsqueeze(2)
     if parts.checkpoint.first_frame_clean:
-        return latents, {"first_frame": _encode_video(parts, photo)}
-    end = to_tensor(last).unsqueeze(2) if last else photo[:, :, :0]
-    blank = photo.new_zeros(1, 3, request.num_frames - 1 - end.shape[2], *photo.shape[3:])
-    video = _encode_video(parts, torch.cat([photo, blank, end], dim=2))
+        return latents, {"first_frame": _encode_video(parts, [photo])}
+    ends = [] if last is None else [to_tensor(last).unsqueeze(2)]
+    blank = torch.zeros(1, 1, 1, 1, 1).expand_as(photo)
+    video = _encode_video(parts, [photo, *[blank] * (request.num_frames - 1 - len(ends)), *ends])
     mask = _known_frames(request.num_frames, config.scale_factor_temporal, with_last=last is not None)
     mask = mask.to(video).expand(-1, -1, -1, height, width)
     conditioning = {"image": torch.cat([mask, video], dim=1)}
@@ -112,7 +113,7 @@ def settle(latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:
 def decode(parts: Parts, latents: torch.Tensor) -> Iterator[torch.Tensor]:
     vae = parts["vae"]
     mean, scale = _statistics(parts, vae.dtype)
-    yield to_frames(vae.decode(latents.to(vae.dtype) / scale + mean, return_dict=False)[0])
+    yield from wan_vae.decoded(vae, latents.to(vae.dtype) / scale + mean, parts.pieces)
 
 
 def _umt5(parts: Parts, prompt: str, notice: Notice) -> torch.Tensor:
@@ -132,10 +133,10 @@ def _clip(parts: Parts, photo: Image.Image) -> torch.Tensor:
     return states
 
 
-def _encode_video(parts: Parts, video: torch.Tensor) -> torch.Tensor:
-    """(1, 3, F, H, W) in [-1, 1] -> normalised fp32 latents (1, C, f, h, w): the posterior's mode."""
+def _encode_video(parts: Parts, video: list[torch.Tensor]) -> torch.Tensor:
+    """Frames (1, 3, 1, H, W) in [-1, 1] -> normalised fp32 latents (1, C, f, h, w): the posterior's mode."""
     vae = parts["vae"]
-    latents = vae.encode(video.to(parts.device, vae.dtype)).latent_dist.mode().float()
+    latents = wan_vae.encoded(vae, placed(video, parts.device, vae.dtype), parts.pieces).float()
     mean, scale = _statistics(parts, torch.float32)
     normalised: torch.Tensor = (latents - mean) * scale
     return normalised

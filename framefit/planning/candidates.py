@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from framefit.families import Checkpoint
-from framefit.plan import TIERS, Chunk, Guidance, Offload, Plan, Quantize, Setting, Tier
+from framefit.plan import TIERS, Chunk, Decode, Guidance, Offload, Plan, Quantize, Setting, Tier
 from framefit.planning import moved
 from framefit.planning.phase import PhaseTrace
 
@@ -28,15 +28,28 @@ class Candidates:
     values: Callable[[Checkpoint], tuple[str, ...]]
     moves_weights: bool = False
     """Whether there are fewer bytes of weights with some of them."""
+    open: Callable[[Plan, str], bool] = lambda plan, value: True
+    """Whether a plan can have a value."""
 
 
 def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("together", "apart") if checkpoint.batched_guidance else ("apart",)
 
 
+def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if checkpoint.family == "wan":
+        return ("whole", "frame", "tile:512", "tile:256", "tile:128")
+    return ("whole", "frame") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
+
+
+def _divides(plan: Plan, value: str) -> bool:
+    return Decode(value=value).tile_px < max(plan.request.width, plan.request.height)
+
+
 CANDIDATES: tuple[Candidates, ...] = (
     Candidates(Guidance, _guidance),
     Candidates(Chunk, lambda checkpoint: ("none", "rows")),
+    Candidates(Decode, _decode, open=_divides),
     Candidates(Quantize, lambda checkpoint: ("none", "int8"), moves_weights=True),
 )
 
@@ -57,7 +70,11 @@ def ladder(each: Candidates, plan: Plan, checkpoint: Checkpoint, tier: Tier) -> 
     if plan.setting(each.kind).asked or stands not in values:
         return (stands,)
     allowed = TIERS[: TIERS.index(tier) + 1]
-    return tuple(v for v in values[values.index(stands) :] if v == stands or each.kind(value=v).tier in allowed)
+    return tuple(
+        value
+        for value in values[values.index(stands) :]
+        if value == stands or (each.kind(value=value).tier in allowed and each.open(plan, value))
+    )
 
 
 def places(plan: Plan, traces: Sequence[PhaseTrace]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import Chunk, Estimate, Guidance, Offload, Plan, Quantize, Setting
+from framefit.plan import Chunk, Decode, Estimate, Guidance, Offload, Plan, Quantize, Setting
 from framefit.planning.asked import asked
 from framefit.request import Request, ResolvedRequest
 
@@ -193,6 +193,7 @@ def untouched(checkpoint: Checkpoint) -> tuple[Setting, ...]:
         Guidance(value=together, because="as the reference pipeline runs them"),
         Quantize(value="none", because="8 bits would round the weights"),
         Chunk(value="none", because="whole forwards are the fastest"),
+        Decode(value="whole", because="as many frames at once as the reference takes"),
         Offload(value="none", because="weights on the device are the fastest"),
     )
 

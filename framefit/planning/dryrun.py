@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
+from framefit.families.pieces import Tile
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak
 from framefit.passes import apply_all
@@ -98,6 +99,7 @@ def followed(
         if "vae" in parts:
             stack.enter_context(_steady(parts["vae"], live, tally))
         stack.enter_context(chunks.once(tally))
+        parts.pieces = replace(parts.pieces, each=partial(_one_for_all, tally))
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
@@ -292,18 +294,35 @@ def _following(
 
 @contextmanager
 def _steady(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
-    """Children of `part` that are called with equal shapes again and again, as over a video's chunks, run twice.
+    """Modules of a VAE that are called with equal shapes again and again, as over a video's chunks, run twice.
 
     The first call of a row may fill what later ones find; from the third on, each is as the second was.
     """
-    children = [child for child in part.children() if not isinstance(child, nn.ModuleList)]
+    children = {child: child.__dict__.get("forward") for child in _units(part)}
     for child in children:
         child.forward = partial(_as_before, child.forward, _Last(), live, tally)
     try:
         yield
     finally:
-        for child in children:
+        for child, before in children.items():
             del child.forward  # the class's is there again
+            if before:
+                child.forward = before
+
+
+def _units(vae: nn.Module) -> Iterator[nn.Module]:
+    """What a way through a video calls: children, those of the encoder and decoder, and the blocks of their rows."""
+    for child in vae.children():
+        yield child
+        for inner in child.children():
+            yield from inner if isinstance(inner, nn.ModuleList) else (inner,)
+
+
+def _one_for_all(tally: Tally, tiles: Sequence[Tile]) -> Iterator[Tile]:
+    """Tiles are of one size: the first stands for all."""
+    tally.times *= len(tiles)
+    yield tiles[0]
+    tally.times //= len(tiles)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,9 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from framefit.errors import DoesNotFit
-from framefit.plan import SETTINGS, Chunk, Guidance, Offload, Plan, Setting
+from framefit.families import find
+from framefit.plan import SETTINGS, Chunk, Decode, Guidance, Offload, Plan, Setting
+from framefit.planning.candidates import CANDIDATES
 from framefit.report import Rung
 
 if TYPE_CHECKING:  # it knows torch
@@ -42,7 +44,17 @@ class Relief:
     """Whether a plan has what it spares."""
 
 
+def _decodes(plan: Plan) -> tuple[str, ...]:
+    """What decode can be for its model."""
+    checkpoint = find(plan.request.model)
+    return next(each.values(checkpoint) for each in CANDIDATES if each.kind is Decode)
+
+
 LADDER: tuple[Relief, ...] = (
+    Relief(kind=Decode, before="whole", after="frame", phases=("encode_image", "decode"), ram=True,
+           helps=lambda plan: "frame" in _decodes(plan)),
+    Relief(kind=Decode, before="frame", after="tile:256", phases=("encode_image", "decode"), ram=True,
+           helps=lambda plan: "tile:256" in _decodes(plan) and max(plan.request.width, plan.request.height) > 256),
     Relief(kind=Guidance, before="together", after="apart", phases=("denoise",), ram=True,
            helps=lambda plan: plan.request.guided),
     Relief(kind=Chunk, before="none", after="rows", phases=("denoise",), ram=True,

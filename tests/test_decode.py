@@ -1,0 +1,364 @@
+"""A video through the VAE in pieces is the video that diffusers' own VAE makes whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_dryrun import legal, plan_of
+
+from framefit.errors import Cancelled, UsageError
+from framefit.families import CHECKPOINTS, Checkpoint, magvit_vae, wan_vae
+from framefit.families.parts import Parts
+from framefit.families.pieces import Pieces, Span, Stage, through
+from framefit.passes import decode
+from framefit.pipeline import Pipeline
+from framefit.plan import Decode, Plan
+from framefit.planning import dryrun
+from framefit.testing import random_parts, randomise, tiny_row
+
+WAN, WAN_5B, EASYANIMATE = "wan2.2-i2v-a14b", "wan2.2-ti2v-5b", "easyanimate-v5.1-7b-inp"
+HEIGHT, WIDTH = 11, 19
+"""Latent pixels."""
+
+
+@pytest.fixture(scope="module")
+def vaes() -> dict[str, Parts]:
+    """Tiny ones of which every parameter is random, untouched."""
+    made = {}
+    for id in (WAN, WAN_5B, EASYANIMATE):
+        made[id] = random_parts(tiny_row(id), dtype=torch.float32, device=torch.device("cpu"))
+        randomise(made[id]["vae"], torch.Generator().manual_seed(0))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def in_float(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the VAE makes, before it is rounded to 255 levels, and without gradients."""
+    for module in (wan_vae, magvit_vae):
+        monkeypatch.setattr(module, "to_frames", lambda video: video[0].permute(1, 2, 3, 0).clone())
+    with torch.no_grad():
+        yield
+
+
+def given(parts: Parts, seed: int = 1, frames: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents, and a video of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    vae = parts["vae"]
+    channels, stride = getattr(vae.config, "z_dim", 16), vae.spatial_compression_ratio
+    latents = torch.randn(1, channels, frames, HEIGHT, WIDTH, generator=generator)
+    video = torch.randn(1, 3, 4 * frames - 3, HEIGHT * stride, WIDTH * stride, generator=generator).clamp(-1, 1)
+    return latents, video
+
+
+def divided(parts: Parts, value: str) -> Parts:
+    """The same VAE with the pass applied; its hooks are left in place, and gone with `undivided`."""
+    parts = replace(parts, pieces=Pieces())
+    decode.apply(parts, Decode(value=value))
+    return parts
+
+
+@pytest.fixture(autouse=True)
+def undivided(vaes: dict[str, Parts]) -> Iterator[None]:
+    yield
+    for parts in vaes.values():
+        for module in parts["vae"].modules():
+            if hasattr(module, "_diffusers_hook"):
+                module._diffusers_hook.remove_hook(decode.PADDING, recurse=False)
+
+
+def ours(parts: Parts, latents: torch.Tensor) -> torch.Tensor:
+    """(F, H, W, 3)."""
+    way = magvit_vae if parts.checkpoint.id == EASYANIMATE else wan_vae
+    return torch.cat([chunk.clone() for chunk in way.decoded(parts["vae"], latents, parts.pieces)])
+
+
+def reference(parts: Parts, latents: torch.Tensor) -> torch.Tensor:
+    whole: torch.Tensor = parts["vae"].decode(latents, return_dict=False)[0]
+    return whole[0].permute(1, 2, 3, 0)
+
+
+def encoded(parts: Parts, video: torch.Tensor) -> torch.Tensor:
+    way = magvit_vae if parts.checkpoint.id == EASYANIMATE else wan_vae
+    return way.encoded(parts["vae"], video.split(1, dim=2), parts.pieces)
+
+
+@pytest.mark.parametrize("value", ["whole", "frame"])
+@pytest.mark.parametrize("id", [WAN, WAN_5B, EASYANIMATE])
+def test_frame_after_frame_is_equal(id: str, value: str, vaes: dict[str, Parts]) -> None:
+    """To the last bit, but where Wan's convolutions pad themselves."""
+    latents, video = given(vaes[id])
+    frames, known = reference(vaes[id], latents), vaes[id]["vae"].encode(video).latent_dist.mode()
+    parts = divided(vaes[id], value)
+    bar = 1e-5 if value == "frame" and id != EASYANIMATE else 0.0
+    assert (ours(parts, latents) - frames).abs().max() <= bar * frames.abs().max()
+    assert (encoded(parts, video) - known).abs().max() <= bar * known.abs().max()
+
+
+TILES = {WAN: (144, 88, 40), WAN_5B: (240, 128)}
+"""Two tiles, few, many; the last of a side overlaps where they do not come out even."""
+
+
+@pytest.mark.parametrize(("id", "px"), [(id, px) for id, sizes in TILES.items() for px in sizes])
+def test_tiles_equal_the_whole(id: str, px: int, vaes: dict[str, Parts], canvas_in_float: None) -> None:
+    latents, video = given(vaes[id], frames=2)
+    frames, known = reference(vaes[id], latents), vaes[id]["vae"].encode(video).latent_dist.mode()
+    parts = divided(vaes[id], f"tile:{px}")
+    assert (ours(parts, latents) - frames).abs().max() <= 1e-5 * frames.abs().max()
+    assert (encoded(parts, video) - known).abs().max() <= 1e-5 * known.abs().max()
+
+
+@pytest.fixture
+def canvas_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    from framefit.families import pieces
+
+    monkeypatch.setattr(pieces.np, "uint8", np.float32)
+
+
+# broken on purpose
+
+
+def narrowed(stages: Callable[[Any], list[Stage]], which: int) -> Callable[[Any], list[Stage]]:
+    """With a halo of one stage that is a pixel less; of one that halves pictures, four."""
+
+    halves = stages is wan_vae._down
+
+    def less(part: Any) -> list[Stage]:
+        made = stages(part)
+        pixels = 4 if halves and made[which].scale > 1 else 1
+        made[which] = replace(made[which], halo=made[which].halo - pixels)
+        return made
+
+    return less
+
+
+@pytest.mark.parametrize("id", [WAN, WAN_5B])
+@pytest.mark.parametrize("which", [-2, -3])
+def test_a_halo_of_a_pixel_less_is_seen(
+    id: str, which: int, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch, canvas_in_float: None
+) -> None:
+    latents, _ = given(vaes[id], frames=2)
+    frames = reference(vaes[id], latents)
+    parts = divided(vaes[id], f"tile:{TILES[id][1]}")
+    monkeypatch.setattr(wan_vae, "_up", narrowed(wan_vae._up, which))
+    assert (ours(parts, latents) - frames).abs().max() > 1e-5 * frames.abs().max()
+
+
+@pytest.mark.parametrize("id", [WAN, WAN_5B])
+@pytest.mark.parametrize("which", [-2, -3])
+def test_an_encoder_with_less_of_a_halo_is_seen(
+    id: str, which: int, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, video = given(vaes[id], frames=2)
+    known = vaes[id]["vae"].encode(video).latent_dist.mode()
+    parts = divided(vaes[id], f"tile:{TILES[id][1]}")
+    monkeypatch.setattr(wan_vae, "_down", narrowed(wan_vae._down, which))
+    assert (encoded(parts, video) - known).abs().max() > 1e-5 * known.abs().max()
+
+
+def forgetful(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Layers that begin anew with every piece."""
+
+    def anew(*layers: Any, **more: Any) -> Any:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = build(*layers, **more)(x)
+            return out
+
+        return run
+
+    return anew
+
+
+@pytest.mark.parametrize("layers", ["_block", "_convolution"])
+def test_a_memory_that_is_dropped_is_seen(layers: str, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, video = given(vaes[WAN])
+    known = vaes[WAN]["vae"].encode(video).latent_dist.mode()
+    monkeypatch.setattr(wan_vae, layers, forgetful(getattr(wan_vae, layers)))
+    out = ours(vaes[WAN], latents)
+    frames = reference(vaes[WAN], latents)
+    assert out.shape != frames.shape or (out - frames).abs().max() > 1e-3
+    got = encoded(vaes[WAN], video) if layers == "_convolution" else known[:, :, :1]
+    assert got.shape != known.shape or (got - known).abs().max() > 1e-3
+
+
+def test_a_magvit_memory_that_is_dropped_is_seen(vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, _ = given(vaes[EASYANIMATE])
+    frames = reference(vaes[EASYANIMATE], latents)
+    monkeypatch.setattr(magvit_vae, "_chain", forgetful(magvit_vae._chain))
+    out = ours(vaes[EASYANIMATE], latents)
+    assert out.shape != frames.shape
+
+
+# when frames come
+
+
+@pytest.mark.parametrize("id", [WAN, WAN_5B, EASYANIMATE])
+def test_frames_come_before_the_last_of_the_latents_is_read(id: str, vaes: dict[str, Parts]) -> None:
+    parts = vaes[id]
+    latents, _ = given(parts, frames=4)
+    read = []
+    handle = parts["vae"].decoder.mid_block.register_forward_hook(lambda *_: read.append(1))
+    way = magvit_vae if id == EASYANIMATE else wan_vae
+    try:
+        seen = [(len(chunk), len(read)) for chunk in way.decoded(parts["vae"], latents, parts.pieces)]
+    finally:
+        handle.remove()
+    assert seen == [(1, 1), (4, 2), (4, 3), (4, 4)]
+
+
+@pytest.mark.parametrize("id", [WAN, EASYANIMATE])
+def test_two_videos_at_a_time_do_not_know_of_each_other(id: str, vaes: dict[str, Parts]) -> None:
+    """A preview in the middle of a video, or a video that nobody read to its end."""
+    parts = vaes[id]
+    way = magvit_vae if id == EASYANIMATE else wan_vae
+    one, other = given(parts, 1)[0], given(parts, 2)[0]
+    expected = [ours(parts, one), ours(parts, other)]
+    ways = [way.decoded(parts["vae"], latents, parts.pieces) for latents in (one, other)]
+    chunks = list(zip(*ways, strict=True))
+    for index in range(2):
+        assert torch.equal(torch.cat([pair[index] for pair in chunks]), expected[index])
+    assert all(getattr(module, "prev_features", None) is None for module in parts["vae"].modules())
+
+
+@pytest.mark.parametrize(("value", "chunks"), [("whole", 2), ("frame", 3), ("tile:48", 2)])
+def test_a_run_that_is_cancelled_stops_between_pieces(
+    value: str, chunks: int, tiny: Any, make_plan: Callable[..., Plan], load_fp32: Callable[[Checkpoint], Parts],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.undo()
+    row = tiny(WAN)
+    plan = make_plan(row, steps=1, num_frames=13, settings={"decode": value})
+    parts = load_fp32(row)
+    Pipeline(plan, parts)
+    decode.apply(parts, plan.setting(Decode))
+    pipeline = Pipeline(plan, parts)
+    state = pipeline.encode()
+    pipeline.denoise(state)
+    expected = list(Pipeline(plan, parts).decode(state))
+    assert len(expected) == 13
+    read = []
+    handle = parts["vae"].decoder.conv_out.register_forward_hook(lambda *_: read.append(1))
+    whole = len(list(pipeline.decode(state))) and len(read)
+    read.clear()
+    with pytest.raises(Cancelled):
+        list(pipeline.decode(state, cancelled=lambda: len(read) >= chunks))
+    handle.remove()
+    assert len(read) <= chunks < whole
+    again = list(pipeline.decode(state))
+    assert all((a == b).all() for a, b in zip(again, expected, strict=True))
+
+
+def test_a_preview_is_a_whole_frame(
+    tiny: Any, make_plan: Callable[..., Plan], load_fp32: Callable[[Checkpoint], Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    row = tiny(WAN)
+    previews = []
+    for value in ("whole", "tile:48"):
+        plan = make_plan(row, steps=1, settings={"decode": value})
+        parts = load_fp32(row)
+        decode.apply(parts, plan.setting(Decode))
+        pipeline = Pipeline(plan, parts)
+        pipeline.denoise(pipeline.encode(), on_step=lambda step: previews.append(step.preview()))
+    assert previews[0].shape == (64, 96, 3)
+    assert abs(previews[0].astype(int) - previews[1]).max() <= 1
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("id", "value", "told"),
+    [
+        (EASYANIMATE, "tile:256", "norms are over whole pictures, use decode=frame"),
+        ("i2vgen-xl", "frame", "takes single frames already, use decode=whole"),
+    ],
+)
+def test_what_a_vae_cannot_is_refused(id: str, value: str, told: str) -> None:
+    parts = random_parts(tiny_row(id), dtype=torch.float32, device=torch.device("meta"))
+    with pytest.raises(UsageError, match=told):
+        decode.apply(parts, Decode(value=value))
+
+
+@pytest.mark.parametrize("px", [4, 152, 9999])
+def test_a_tile_that_divides_nothing_is_refused(px: int, vaes: dict[str, Parts]) -> None:
+    parts = divided(vaes[WAN], f"tile:{px}")
+    with pytest.raises(UsageError, match=rf"decode=tile:{px} cannot divide frames of 152x88: use a tile of 8 to 151"):
+        ours(parts, given(parts)[0])
+
+
+@pytest.mark.parametrize("value", ["tile", "tile:", "tile:0", "tile:-5", "tile:x", "frames", "frame:2"])
+def test_other_values_are_refused(value: str) -> None:
+    with pytest.raises(UsageError, match="use decode=whole or decode=frame or decode=tile:PX"):
+        Decode(value=value)
+
+
+# tiles
+
+
+@pytest.mark.parametrize("whole", [1, 2, 7, 12, 29])
+def test_tiles_of_a_side_cover_it_and_are_of_one_size(whole: int) -> None:
+    for most in range(1, whole + 1):
+        tiles = Pieces(tile_px=8 * most).tiles(whole, 99, 8)
+        spans = list(dict.fromkeys(tile.rows for tile in tiles))
+        assert {pixel for s in spans for pixel in range(s.start, s.start + s.size)} == set(range(whole))
+        assert all(s.size <= most for s in spans)
+        for scale, halo in ((1, 0), (1, 4), (4, 3)):
+            windows = [s.window(scale, halo) for s in spans]
+            assert len({end - begin for begin, end in windows}) == 1
+            for span, (begin, end) in zip(spans, windows, strict=True):
+                assert 0 <= begin <= max(span.start * scale - halo, 0)
+                assert min((span.start + span.size) * scale + halo, whole * scale) <= end <= whole * scale
+
+
+def test_a_piece_is_dropped_once_it_is_read() -> None:
+    import weakref
+
+    alive: list[Any] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        assert sum(each() is not None for each in alive) <= 2  # the one read and, where it is a view, its own
+        out = x + 1
+        alive.append(weakref.ref(out))
+        return out
+
+    stages = [Stage(run=run) for _ in range(5)]
+    made = (torch.zeros(1, 1, 1, 2, 2) for _ in range(4))
+    assert len(list(map(torch.sum, through(stages, made, one_by_one=False)))) == 4
+    assert Span(0, 2, 4, 2).window(8, 3) == (0, 19)
+
+
+# the dry run
+
+
+def test_a_plan_says_what_pieces_save(photo: Path) -> None:
+    row = legal(tiny_row(WAN))
+    peaks = {}
+    for value in ("whole", "frame", "tile:96"):
+        plan = plan_of(row, photo, (320, 256, 13), precision="fp32", settings={"decode": value})
+        peaks[value] = {p.name: p.peak_bytes for p in dryrun.trace(plan, row)}
+    for name in ("decode", "encode_image"):
+        assert peaks["frame"][name] < 0.75 * peaks["whole"][name]
+        assert peaks["tile:96"][name] < 0.75 * peaks["frame"][name]
+
+
+def test_a_tile_stands_for_the_others(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = legal(tiny_row(WAN))
+    plan = plan_of(row, photo, (96, 64, 13), precision="fp32", settings={"decode": "tile:64"})
+    short = dryrun.trace(plan, row)
+    monkeypatch.setattr(dryrun, "_one_for_all", lambda tally, tiles: iter(tiles))
+    for one, other in zip(short, dryrun.trace(plan, row), strict=True):
+        assert one.flops == other.flops, one.name
+        assert one.bytes == pytest.approx(other.bytes, rel=0.02), one.name
+        assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=0.02), one.name
+
+
+def test_every_row_has_a_vae_that_the_pass_knows() -> None:
+    known = {"AutoencoderKL", "AutoencoderKLMagvit", "AutoencoderKLWan"}
+    assert {row["vae"].class_name for row in CHECKPOINTS.values()} == known
