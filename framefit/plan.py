@@ -113,7 +113,7 @@ class Quantize(Setting):
         return "exact" if self.value == "none" else "near"
 
 
-SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Quantize, Guidance, Offload)}
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Guidance, Quantize, Offload)}
 """Every type of setting: the vocabulary of a plan."""
 
 
