@@ -173,7 +173,8 @@ def candidates(untouched: Plan, tier: Tier) -> Iterator[dict[str, str]]:
     }
     if untouched.device.id == "cpu":  # weights have no other place to be
         allowed["offload"] = [usual["offload"]]
-    allowed["decode"] = [usual["decode"]]  # no step is faster or slower for it
+    for name in ("chunk", "decode"):  # they spare memory, and nothing is faster for them
+        allowed[name] = [usual[name]]
     for values in product(*allowed.values()):
         if (found := dict(zip(allowed, values, strict=True))) != usual:
             yield found

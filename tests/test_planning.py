@@ -97,7 +97,7 @@ def test_the_photo_is_never_stretched(photo: Any, fields: Any, size: Any, fit: s
         ({"num_frames": 80}, BadInput, "use 77 or 81"),
         ({"guidance": (1.0, 2.0, 3.0)}, BadInput, "has 2 experts: give 1 or 2"),
         ({"preset": "best"}, UsageError, "has draft, standard, quality"),
-        ({"settings": {"speed": "11"}}, UsageError, "'speed' is unknown: the settings are guidance, decode, offload"),
+        ({"settings": {"speed": "11"}}, UsageError, "'speed' is unknown: the settings are quantize, chunk, decode"),
         ({"settings": {"guidance": "maybe"}}, UsageError, "use guidance=together or guidance=apart"),
         ({"precision": "fp4"}, UsageError, "use bf16, fp16, fp32"),
         ({"last_image": Path("end.jpg"), "num_frames": 1}, BadInput, "ask for more frames"),

@@ -98,7 +98,7 @@ def forward(parts: Parts, plan: Plan) -> torch.Tensor:
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return float((found - expected).norm().detach() / expected.norm().detach())
 
 
 def bytes_of(parts: Parts, name: str) -> int:
@@ -190,11 +190,10 @@ def test_what_a_class_keeps_in_fp32_stays(wide: Wide) -> None:
     assert parts.dtype("text_encoder") == parts.dtype("transformer") == torch.float16
 
 
-@pytest.mark.parametrize("value", ["int8", "fp8"])
-def test_bytes_halve_wherever_they_are(value: str, wide: Wide, make_plan: Make) -> None:
+def test_bytes_halve_wherever_they_are(wide: Wide, make_plan: Make) -> None:
     """In bf16: kept, packed, moved in a step, and as the dry run says."""
     row = wide("wan2.2-i2v-a14b")
-    plans = [make_plan(row, settings={"offload": "block", "quantize": each}) for each in ("none", value)]
+    plans = [make_plan(row, settings={"offload": "block", "quantize": each}) for each in ("none", "int8")]
     plain, small = (apply_all(fresh(row, torch.bfloat16), plan) for plan in plans)
     for name in shrunk(plain):
         linears = [each for each in plain[name].modules() if isinstance(each, nn.Linear)]
@@ -285,7 +284,7 @@ def test_a_lora_is_merged_before(wide: Wide, make_plan: Make, tmp_path: Path) ->
     file = tmp_path / "lora.safetensors"
     up, down = torch.randn(width, 2), torch.randn(2, width)
     save_file({f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}, file)
-    for expert in (None, "transformer"):
+    for expert in (None, "high"):
         loras = lora.check((Lora(file=file, expert=expert),), row)
         parts = load(make_plan(row, loras=loras, settings={"quantize": "int8"}), row).parts
         merged = fresh(row)
@@ -345,7 +344,7 @@ def test_a_model_without_such_layers_is_refused(wide: Wide) -> None:
 def test_at_true_size(id: str, expert: str, most: float) -> None:
     """What is kept of a denoiser, in bf16: its shapes, and no weights."""
     row = CHECKPOINTS[id]
-    one = replace(row, components=tuple(part for part in row.components if part.name == expert), experts=(expert,))
+    one = replace(row, components=tuple(part for part in row.components if part.name == expert))
     parts = random_parts(one, dtype=torch.bfloat16, device=torch.device("meta"))
     before = bytes_of(parts, expert)
     parts.device = torch.device("meta")

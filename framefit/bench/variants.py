@@ -2,7 +2,8 @@
 
     stock                 diffusers' model, eager
     framefit              our road with the plan's own choices
-    + setting=value       one further setting a row, on top of all before it, in the order of `passes.ORDER`
+    + setting=value       one further setting a row, on top of all before it, in the order of `passes.ORDER`;
+                          what rounds the weights last, so that the others stay exact
     cache-dit             the peer, where it is installed and applies
 
 A new type of setting makes its own rows; what a plan then refuses is listed as left out, with the refusal.
@@ -44,6 +45,7 @@ NEEDS: Mapping[str, Callable[[Scenario], bool]] = {
     "decode": lambda scenario: scenario.kind == "decode",
     "guidance": lambda scenario: scenario.branches == 2,
     "offload": lambda scenario: scenario.group != "cpu",
+    "quantize": lambda scenario: scenario.kind == "denoise",
 }
 """Type of setting -> whether it can change anything in a scenario; one that is not here always may."""
 
@@ -56,7 +58,7 @@ def further(scenario: Scenario, chosen: Mapping[str, str]) -> list[Variant]:
     """
     rows: list[Variant] = []
     settings: dict[str, str] = {}
-    for kind, _ in ORDER:
+    for kind, _ in sorted(ORDER, key=lambda each: each[0].type == "quantize"):
         if (useful := NEEDS.get(kind.type)) and not useful(scenario):
             continue
         for value in kind.values:

@@ -25,7 +25,7 @@ from framefit.errors import UsageError
 from framefit.families.parts import TEXT_ENCODERS, Parts
 from framefit.plan import Quantize
 
-__all__ = ["apply", "restored", "stored"]
+__all__ = ["apply", "remove", "restored", "stored"]
 
 HOOK = "framefit.quantize"
 LARGEST = {"int8": 127.0, "fp8": torch.finfo(torch.float8_e4m3fn).max}
@@ -56,6 +56,11 @@ def apply(parts: Parts, setting: Quantize) -> None:
                 _store(layer, setting.value, parts.device)
     if parts.device.type == "cuda":
         torch.cuda.empty_cache()  # what this took, which the next phase would seem to hold
+
+
+def remove(parts: Parts) -> None:
+    """Never called: what was rounded off is gone, so that a plan without it loads the weights anew."""
+    raise AssertionError("weights in 8 bits cannot be had back")
 
 
 def stored(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
