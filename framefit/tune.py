@@ -165,8 +165,8 @@ def candidates(untouched: Plan, tier: Tier) -> Iterator[dict[str, str]]:
         name: [v for v in kind.values if TIERS.index(kind(value=v).tier) <= TIERS.index(tier)]
         for name, kind in SETTINGS.items()
     }
-    if untouched.device.id == "cpu":  # weights have no other place to be
-        allowed["offload"] = [usual["offload"]]
+    if untouched.device.id == "cpu":  # there is no card whose memory they save
+        allowed |= {name: [usual[name]] for name in ("offload", "chunk")}
     for values in product(*allowed.values()):
         if (found := dict(zip(allowed, values, strict=True))) != usual:
             yield found
