@@ -42,6 +42,7 @@ CACHE_DIT = Variant(name="cache-dit offload", engine="cache-dit")
 
 NEEDS: Mapping[str, Callable[[Scenario], bool]] = {
     "guidance": lambda scenario: scenario.branches == 2,
+    "chunk": lambda scenario: scenario.group != "cpu",
     "offload": lambda scenario: scenario.group != "cpu",
 }
 """Type of setting -> whether it can change anything in a scenario; one that is not here always may."""
