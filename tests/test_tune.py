@@ -45,13 +45,12 @@ def test_a_budget_takes_the_slower_one() -> None:
 def test_every_combination_up_to_the_tier_is_tried() -> None:
     plan = prepare(SMALL, CPU)[1]
     assert list(candidates(plan, "exact")) == [
-        {"guidance": guidance, "quantize": "none", "chunk": chunk, "decode": "whole", "offload": "none"}
+        {"guidance": guidance, "quantize": "none", "chunk": "none", "decode": "whole", "offload": "none"}
         for guidance in ("apart", "together")
-        for chunk in ("none", "rows")
     ]
     card = replace(plan, device=replace(plan.device, id="cuda:0"))
-    assert len(list(candidates(card, "exact"))) == 8
-    assert len(list(candidates(card, "near"))) == 24
+    assert len(list(candidates(card, "exact"))) == 10
+    assert len(list(candidates(card, "near"))) == 30
 
 
 def test_a_search_files_what_a_run_then_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

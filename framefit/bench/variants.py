@@ -44,6 +44,7 @@ CACHE_DIT = Variant(name="cache-dit offload", engine="cache-dit")
 NEEDS: Mapping[str, Callable[[Scenario], bool]] = {
     "decode": lambda scenario: scenario.kind == "decode",
     "guidance": lambda scenario: scenario.branches == 2,
+    "chunk": lambda scenario: scenario.group != "cpu",
     "offload": lambda scenario: scenario.group != "cpu",
     "quantize": lambda scenario: scenario.kind == "denoise",
 }
