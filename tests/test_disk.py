@@ -86,14 +86,24 @@ def folders() -> list[Path]:
     return [path for path in (state_folder() / "weights").glob("*") if path.is_dir()]
 
 
-def readers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("framefit-")]
+def readers() -> list[threading.Thread]:
+    """Of this test; another's may not have been collected yet."""
+    return [each for each in threading.enumerate() if each.name.startswith("framefit-") and each not in OTHERS]
 
 
 def latents(pipeline: Pipeline) -> torch.Tensor:
     state = pipeline.encode()
     pipeline.denoise(state)
     return state.latents
+
+
+OTHERS: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    OTHERS.clear()
+    OTHERS.update(threading.enumerate())
 
 
 def test_components_leave_the_memory_as_they_are_loaded(
@@ -153,6 +163,8 @@ def test_loras_are_in_what_is_written(row: Checkpoint, make_plan: Make, tmp_path
     assert torch.equal(latents(on_disk), latents(in_memory))
     plain = load(make_plan(row, settings={"offload": "disk"}), row)
     assert not torch.equal(latents(plain), latents(on_disk))
+    for pipeline in (on_disk, in_memory, plain):
+        pipeline.close()
 
 
 def test_weights_that_a_pass_changes_are_written_anew(plan: Plan, row: Checkpoint) -> None:
@@ -267,9 +279,8 @@ def test_nothing_is_left_when_a_pipeline_is_closed_or_forgotten(plan: Plan, row:
     del pipeline
     gc.collect()
     assert folders() == []
-    for thread in threading.enumerate():
-        if thread.name.startswith("framefit-"):
-            thread.join(10)
+    for thread in readers():
+        thread.join(10)
     assert readers() == []
 
 
