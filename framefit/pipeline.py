@@ -28,6 +28,7 @@ from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, P
 from framefit.ledger import Ledger
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
+from framefit.passes.window import Estimate, correlated, fused
 from framefit.plan import Plan
 from framefit.schedule import Schedule
 from framefit.video import Frame, Video
@@ -121,6 +122,7 @@ class Pipeline:
         def encode_image() -> tuple[torch.Tensor, Tensors]:
             generator = torch.Generator().manual_seed(request.seed)
             latents, conditioning = family.encode_image(parts, request, first, last, generator)
+            latents = correlated(parts, latents, generator)
             _check_finite(conditioning.values(), "the image encoder", parts.dtype("vae"))
             return latents, conditioning
 
@@ -158,7 +160,8 @@ class Pipeline:
             began = time.perf_counter()
             with self.ledger.phase(f"denoise:{expert}"):
                 noisy = state.latents
-                prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale)
+                estimate = partial(_finished, schedule, index, noisy)
+                prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale, estimate)
                 if index + 1 < len(schedule):  # its weights may come while this step is finished and saved
                     self.parts.use(self._expert(schedule.timesteps[index + 1], schedule)[0])
                 state.latents = schedule.step(prediction, t, noisy)
@@ -220,17 +223,31 @@ class Pipeline:
         return checkpoint.experts[index], self.plan.request.guidance[index]
 
     def predict(
-        self, expert: str, latents: torch.Tensor, t: torch.Tensor, conditioning: Tensors, scale: float
+        self,
+        expert: str,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        conditioning: Tensors,
+        scale: float,
+        estimate: Estimate = lambda prediction, frames: prediction,
     ) -> torch.Tensor:
-        """The guided prediction in fp32, (1, C, F, H, W)."""
+        """The guided prediction in fp32, (1, C, F, H, W).
 
-        def forward(branches: slice) -> torch.Tensor:
+        Args:
+            estimate: asked between the windows of a long video; without one they are predicted, but do not go on
+                where those before them are.
+        """
+
+        def forward(latents: torch.Tensor, conditioning: Tensors, branches: slice) -> torch.Tensor:
             prediction = self._family.predict(self.parts, expert, latents, t, conditioning, branches)
             _check_finite([prediction], f"the {expert} at timestep {t:g}", prediction.dtype)
             return prediction.float()
 
+        def window(latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:
+            return guided(self.parts, partial(forward, latents, conditioning), scale)
+
         self.parts.use(expert)
-        return self._within_range((expert,), lambda: guided(self.parts, forward, scale))
+        return self._within_range((expert,), lambda: fused(self.parts, window, latents, conditioning, estimate))
 
     @torch.no_grad()
     def _preview(self, denoised: Callable[[], torch.Tensor], conditioning: Tensors) -> Frame:
@@ -266,6 +283,13 @@ class Pipeline:
         for name in half:
             self.parts.cast(name, torch.float32)
         self.ledger.note(f"{error} It runs in fp32 from here on ({', '.join(half)}).")
+
+
+def _finished(
+    schedule: Schedule, index: int, noisy: torch.Tensor, prediction: torch.Tensor, frames: slice
+) -> torch.Tensor:
+    """What `prediction`, of some latent frames of `noisy` at step `index`, says they will be."""
+    return schedule.denoised(prediction, index, noisy[:, :, frames])
 
 
 def _check_finite(tensors: Iterable[torch.Tensor], who: str, dtype: torch.dtype) -> None:

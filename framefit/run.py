@@ -22,6 +22,7 @@ from framefit.ledger import Ledger, StepLog
 from framefit.pipeline import Step, load
 from framefit.plan import Plan
 from framefit.planning import check_fits, estimated
+from framefit.planning.length import beyond_trained
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 
@@ -173,6 +174,8 @@ def _execute(
     resumed = None if state is None else state.step
     if checkpoint.caution:
         ledger.note(checkpoint.caution)
+    if warning := beyond_trained(plan, checkpoint):
+        ledger.note(warning)
     writer = _writer(run, plan.request.steps, options) if run else None
     crf = options.crf if options.crf is not None else run.crf if run else DEFAULT_CRF
     try:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from framefit.families.parts import Parts
-from framefit.passes import guidance, offload
-from framefit.plan import Guidance, Offload, Plan, Setting
+from framefit.passes import guidance, offload, window
+from framefit.plan import Guidance, Offload, Plan, Setting, Window
 
 __all__ = ["ORDER", "apply_all"]
 
 ORDER: tuple[tuple[type[Setting], Any], ...] = (
     (Guidance, guidance),  # touches no module: it only says how the loop calls them
+    (Window, window),  # the same: which frames a call is about
     (Offload, offload),  # last: it packs the weights as all others leave them
 )
 

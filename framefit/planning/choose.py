@@ -13,7 +13,8 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import SETTINGS, Estimate, Guidance, Offload, Plan, Setting
+from framefit.plan import SETTINGS, Estimate, Guidance, Offload, Plan, Setting, Window
+from framefit.planning import length
 from framefit.request import Request, ResolvedRequest
 
 __all__ = ["choose", "component_bytes"]
@@ -64,17 +65,22 @@ def choose(
     if request.loras:
         reasons["loras"] = "asked for; merged into the weights when they are loaded"
     precision = _precision(precision, device, reasons)
-    return Plan(
+    chosen = _settings(checkpoint, dict(settings or {}))
+    length.check(next(s for s in chosen if isinstance(s, Window)), checkpoint)
+    plan = Plan(
         request=resolved,
         device=device,
         precision=precision,
-        settings=_settings(checkpoint, dict(settings or {})),
+        settings=chosen,
         estimate=Estimate(
             weights_bytes=sum(component_bytes(checkpoint, precision).values()), free_bytes=device.budget_bytes
         ),
         photos=dict(photos or {}),
         reasons=reasons,
     )
+    if warning := length.beyond_trained(plan, checkpoint):
+        reasons["num_frames"] += f"; {warning}"
+    return plan
 
 
 def _wanted(request: Request, checkpoint: Checkpoint, preset: str | None, reasons: dict[str, str]) -> dict[str, Any]:
@@ -185,6 +191,7 @@ def _settings(checkpoint: Checkpoint, explicit: dict[str, str]) -> tuple[Setting
     together = "together" if checkpoint.batched_guidance else "apart"
     usual = (
         Guidance(value=together, because="as the reference pipeline runs them"),
+        Window(value="none", because="all frames in one piece"),
         Offload(value="none", because="weights on the device are the fastest"),
     )
     return tuple(

@@ -23,12 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from framefit.families import Checkpoint, family_of
-from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts
+from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak, block_bytes
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
+from framefit.passes.window import fused
 from framefit.plan import Offload, Plan
 from framefit.planning.placed import Placed, placed, watch
 from framefit.planning.traces import PhaseTrace
@@ -111,11 +112,15 @@ class _Way:
         conditioning = {name: tensor.contiguous() for name, tensor in (conditioning | image).items()}
         for expert, scale in zip(parts.checkpoint.experts, request.guidance, strict=True):
 
-            def forward(branches: slice, expert: str = expert) -> torch.Tensor:
-                return family.predict(parts, expert, latents, torch.tensor(900.0), conditioning, branches).float()
+            def window(latents: torch.Tensor, conditioning: Tensors, expert: str = expert, scale: float = scale) -> Any:
+                def forward(branches: slice) -> torch.Tensor:
+                    return family.predict(parts, expert, latents, torch.tensor(900.0), conditioning, branches).float()
 
+                return guided(parts, forward, scale)
+
+            equal = partial(_as_before, window, _Last(), self.live, self.tally)
             with self._phase(f"denoise:{expert}", expert):
-                guided(parts, forward, scale)
+                fused(parts, equal, latents, conditioning, lambda prediction, frames: prediction)
         with self._phase("decode", "vae"):
             for chunk in family.decode(parts, family.settle(latents, conditioning)):
                 del chunk
