@@ -107,7 +107,7 @@ def test_our_decode_equals_stock(scenario: Scenario, tmp_path: Path) -> None:
 def test_a_setting_is_measured_with_the_maths_it_makes(tmp_path: Path) -> None:
     together = Variant(name="+ guidance=together", engine="framefit", settings={"guidance": "together"})
     row = both(SCENARIOS["tiny-wan"], tmp_path, together)[1]
-    assert row.settings == {"guidance": "together", "offload": "none"}
+    assert row.settings == {"guidance": "together", "window": "none", "offload": "none"}
     assert row.tier == "exact"
     assert 0 < row.quality["relative_l2"] < 1e-5
 
@@ -146,7 +146,7 @@ def test_real_weights_are_measured_on_what_their_encoders_say(name: str, tiny: A
 
 def test_rows_add_settings_up_and_new_types_appear(monkeypatch: pytest.MonkeyPatch) -> None:
     # one branch: in guidance there is nothing to change
-    rows = further(SCENARIOS["wan2.2-a14b-480p"], {"guidance": "apart", "offload": "none"})
+    rows = further(SCENARIOS["wan2.2-a14b-480p"], {"guidance": "apart", "window": "none", "offload": "none"})
     assert [row.name for row in rows] == ["+ offload=part", "+ offload=block", "+ offload=leaf"]
     (only,) = further(SCENARIOS["tiny"], {"guidance": "apart"})
     assert only.settings == {"guidance": "together"}

@@ -45,11 +45,11 @@ def test_a_budget_takes_the_slower_one() -> None:
 def test_every_combination_up_to_the_tier_is_tried() -> None:
     plan = prepare(SMALL, CPU)[1]
     assert list(candidates(plan, "exact")) == [
-        {"guidance": "apart", "offload": "none"},
-        {"guidance": "together", "offload": "none"},
+        {"guidance": "apart", "window": "none", "offload": "none"},
+        {"guidance": "together", "window": "none", "offload": "none"},
     ]
     card = replace(plan, device=replace(plan.device, id="cuda:0"))
-    assert {"guidance": "together", "offload": "block"} in list(candidates(card, "exact"))
+    assert {"guidance": "together", "window": "none", "offload": "block"} in list(candidates(card, "exact"))
     assert len(list(candidates(card, "exact"))) == 8
 
 
@@ -67,7 +67,7 @@ def test_a_search_files_what_a_run_then_uses(tmp_path: Path, monkeypatch: pytest
     assert [t.settings["guidance"] for t in found.trials] == ["apart", "together"]
     assert not any(t.failed for t in found.trials)
     assert all(t.peak_bytes > 2**20 for t in found.trials)
-    assert found.best.settings == {"guidance": "together", "offload": "none"}
+    assert found.best.settings == {"guidance": "together", "window": "none", "offload": "none"}
     assert [path.name for path in tuned.folder().glob("*.json")] == [found.filed.name]
     assert [path.name for path in tuned.folder().glob("*.partial/*")] == ["lock"]
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from framefit import recipe, video
 from framefit import run as running
-from framefit import video
 from framefit.checkpoint import State
 from framefit.errors import UsageError
 from framefit.families import CHECKPOINTS, Checkpoint, family_of
@@ -186,13 +186,19 @@ def test_noise_of_later_frames_is_that_of_earlier_ones() -> None:
 # before it runs
 
 
-def test_the_dry_run_holds_a_window_and_counts_all(
-    make_plan: Make, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    row = tiny("wan2.2-i2v-a14b")
+def wide() -> Checkpoint:
+    """Tiny, with activations that outweigh the video's latents, as at true size."""
+    row = tiny_row("wan2.2-i2v-a14b")
+    heads = {"num_attention_heads": 24}
+    components = (replace(c, config=c.config | heads) if "transformer" in c.name else c for c in row.components)
+    return replace(row, components=tuple(components), folder=Path("/none"))
+
+
+def test_the_dry_run_holds_a_window_and_counts_all(make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = wide()
 
     def trace(frames: int, value: str) -> Any:
-        plan = make_plan(row, num_frames=frames, width=480, height=320, settings={"window": value})
+        plan = make_plan(row, num_frames=frames, width=256, height=160, settings={"window": value})
         return next(p for p in dryrun.trace(plan, row) if p.name == "denoise:transformer")
 
     whole, divided, trained = trace(29, "none"), trace(29, "9:4"), trace(9, "none")
@@ -255,10 +261,13 @@ def clip(frames: int = 33, *, jump_at: int | None = None, later: Callable[[Any, 
 SPANS = ((0, 17), (13, 29), (17, 33))
 
 
-def test_windows_are_read_from_the_file_that_names_them() -> None:
-    assert windows.spans({"settings": {"window": "17:8"}}, 33) == ((0, 17), (10, 26), (17, 33))
-    assert windows.spans({"settings": {"window": "17:4"}}, 33) == ((0, 17), (14, 30), (17, 33))
-    for nothing in (None, {}, {"settings": {"window": "none"}}, {"settings": {"window": "33:8"}}, {"settings": 3}):
+def test_windows_are_read_from_the_file_that_names_them(make_plan: Make, tiny: Tiny) -> None:
+    row = tiny("wan2.2-i2v-a14b")
+    for value, expected in (("17:8", SPANS), ("33:8", ()), ("none", ())):
+        plan = make_plan(row, num_frames=33, settings={"window": value})
+        assert windows.spans(recipe.parameters(row, plan, "weights", 18), 33) == expected
+    assert Windows(length=4, overlap=2).frames(7, 1) == [(0, 4), (3, 6), (4, 7)]
+    for nothing in (None, {}, {"windows": 3}, {"windows": [[0, 17]]}, {"windows": [[0, 17], [13, 40]]}):
         assert windows.spans(nothing, 33) == ()
 
 
@@ -299,7 +308,7 @@ def test_what_later_windows_lose_is_seen(what: str) -> None:
 def test_compare_tells_of_windows(tmp_path: Path) -> None:
     pytest.importorskip("cv2")
     pytest.importorskip("skimage")
-    for name, parameters in (("ours", {"settings": {"window": "17:8"}}), ("reference", {})):
+    for name, parameters in (("ours", {"windows": SPANS}), ("reference", {})):
         frames = clip(jump_at=17 if parameters else None)
         made = video.Video(frames=iter(frames), num_frames=33, width=64, height=48, fps=8)
         video.write(made, tmp_path / name, parameters=parameters)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+
+from framefit.plan import Window
 
 __all__ = ["Windows", "known"]
 
@@ -17,12 +20,22 @@ class Windows:
     overlap: int
     """Of two neighbours; the last window may overlap more."""
 
+    @classmethod
+    def of(cls, setting: Window, stride: int) -> Self:
+        """`stride`: frames of the video in a latent frame, except for the first one, which has one."""
+        return cls(length=(setting.frames - 1) // stride + 1, overlap=setting.overlap // stride)
+
     def spans(self, frames: int) -> list[slice]:
         """Of `frames` latent frames, in order; together they cover all, and none is shorter than the others."""
         if frames <= self.length:
             return [slice(0, frames)]
         starts = [*range(0, frames - self.length, self.length - self.overlap), frames - self.length]
         return [slice(start, start + self.length) for start in starts]
+
+    def frames(self, num_frames: int, stride: int) -> list[tuple[int, int]]:
+        """The first frame of the video that each window has a say in, and the one behind its last."""
+        spans = self.spans((num_frames - 1) // stride + 1)
+        return [(s.start and s.start * stride + 1, (s.stop - 1) * stride + 1) for s in spans]
 
     def weights(self, frames: int) -> list[torch.Tensor]:
         """(length,) for each window, less towards its ends, 0 for a first frame it is given; a frame's add up to 1."""

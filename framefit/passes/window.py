@@ -32,8 +32,7 @@ Estimate = Callable[[torch.Tensor, slice], torch.Tensor]
 
 def apply(parts: Parts, setting: Window) -> None:
     if setting.value != "none":
-        stride = parts.checkpoint.frames.stride
-        parts.windows = Windows(length=(setting.frames - 1) // stride + 1, overlap=setting.overlap // stride)
+        parts.windows = Windows.of(setting, parts.checkpoint.frames.stride)
 
 
 def fused(

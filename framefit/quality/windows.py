@@ -50,18 +50,13 @@ class Windows:
 
 
 def spans(parameters: Mapping[str, Any] | None, num_frames: int) -> tuple[tuple[int, int], ...]:
-    """Of a video whose file says that it was made with window=FRAMES:OVERLAP; else nothing.
-
-    A window has no say in the frame that it is given, its first one, unless that is the photo.
-    """
-    settings = (parameters or {}).get("settings")
-    value = str(settings.get("window", "")) if isinstance(settings, Mapping) else ""
-    length, _, overlap = value.partition(":")
-    if not (length.isdecimal() and overlap.isdecimal() and 0 < int(overlap) < int(length) < num_frames):
+    """The frames that each window made, where the file says that there were windows of this video; else nothing."""
+    try:
+        found = tuple((int(start), int(stop)) for start, stop in (parameters or {})["windows"])
+    except (KeyError, TypeError, ValueError):
         return ()
-    last = num_frames - int(length)
-    starts = [*range(0, last, int(length) - int(overlap)), last]
-    return tuple((start + (start > 0), start + int(length)) for start in starts)
+    ordered = all(0 <= start < stop for start, stop in found) and found == tuple(sorted(found))
+    return found if len(found) > 1 and ordered and found[0][0] == 0 and found[-1][1] == num_frames else ()
 
 
 def measure(frames: Frames, windows: Spans) -> Windows:
