@@ -74,9 +74,9 @@ def predict(
 def window(conditioning: Tensors, span: slice, frames: int, anchor: torch.Tensor | None) -> Tensors:
     """Each window's frames tell their places in it, from 0 to 1."""
     length = span.stop - span.start
-    photo, position = conditioning["image"][:, :, :length].split([1, length - 1], dim=2)
-    stretched = position * ((frames - 1) / (length - 1))
-    return conditioning | {"image": torch.cat([photo if anchor is None else anchor, stretched], dim=2)}
+    given = conditioning["image"]
+    places = given[:, :, 1:length] * ((frames - 1) / (length - 1))
+    return conditioning | {"image": torch.cat([given[:, :, :1] if anchor is None else anchor, places], dim=2)}
 
 
 def settle(latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:
