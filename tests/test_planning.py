@@ -60,7 +60,9 @@ def test_what_the_user_says_wins_over_the_preset_and_the_preset_over_the_default
     plan = plan_for("i2vgen-xl", preset="quality", steps=7, photo=(500, 500))
     assert (plan.request.width, plan.request.height) == (768, 768)
     assert (plan.request.num_frames, plan.request.steps) == (24, 7)
-    assert plan.reasons["num_frames"] == "the preset 'quality'"
+    origin, _, warning = plan.reasons["num_frames"].partition("; ")
+    assert origin == "the preset 'quality'"
+    assert "was trained on 16 frames and sees 24 at once" in warning
     assert plan.reasons["steps"] == "asked for"
 
 
@@ -97,7 +99,7 @@ def test_the_photo_is_never_stretched(photo: Any, fields: Any, size: Any, fit: s
         ({"num_frames": 80}, BadInput, "use 77 or 81"),
         ({"guidance": (1.0, 2.0, 3.0)}, BadInput, "has 2 experts: give 1 or 2"),
         ({"preset": "best"}, UsageError, "has draft, standard, quality"),
-        ({"settings": {"speed": "11"}}, UsageError, "'speed' is unknown: the settings are guidance, offload"),
+        ({"settings": {"speed": "11"}}, UsageError, "'speed' is unknown: the settings are guidance, window, offload"),
         ({"settings": {"guidance": "maybe"}}, UsageError, "use guidance=together or guidance=apart"),
         ({"precision": "fp4"}, UsageError, "use bf16, fp16, fp32"),
         ({"last_image": Path("end.jpg"), "num_frames": 1}, BadInput, "ask for more frames"),
