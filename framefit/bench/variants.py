@@ -43,7 +43,7 @@ CACHE_DIT = Variant(name="cache-dit offload", engine="cache-dit")
 NEEDS: Mapping[str, Callable[[Scenario], bool]] = {
     "guidance": lambda scenario: scenario.branches == 2,
     "offload": lambda scenario: scenario.group != "cpu",
-    "window": lambda scenario: False,  # no scenario is longer than its model was trained for
+    "window": lambda scenario: False,  # lossy, and only where it is asked for
 }
 """Type of setting -> whether it can change anything in a scenario; one that is not here always may."""
 
