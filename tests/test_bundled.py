@@ -66,7 +66,7 @@ class Camera:
 
     def __call__(self, prompt: str) -> np.ndarray[Any, Any]:
         if prompt not in self.made:
-            request = Request(image=ROCKET, prompt=prompt, seed=3, steps=4, width=192, height=128)
+            request = Request(image=ROCKET, prompt=prompt, seed=3, steps=4, width=240, height=160)
             row, plan = prepare(request, Options(device="cpu", checkpoints=None))
             self.parts = self.parts or load(plan, row).parts
             frames = np.stack(list(Pipeline(plan, self.parts).run().frames))
