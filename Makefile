@@ -12,7 +12,8 @@ test: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m "not alone" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m alone
 
 lint: $(VENV)/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

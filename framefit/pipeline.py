@@ -31,6 +31,7 @@ from framefit.ledger import Ledger
 from framefit.ledger.shortage import Shortage
 from framefit.passes import apply_all, change, offload, quantize
 from framefit.passes.guidance import guided
+from framefit.passes.window import Estimate, correlated, fused
 from framefit.plan import Offload, Plan, Quantize
 from framefit.planning.descent import Descent
 from framefit.report import Rung
@@ -202,6 +203,7 @@ class Pipeline:
             parts.use(*IMAGE_ENCODERS)
             generator = torch.Generator().manual_seed(request.seed)
             latents, conditioning = family.encode_image(parts, request, first, last, generator)
+            latents = correlated(parts, latents, generator)
             _check_finite(conditioning.values(), "the image encoder", parts.dtype("vae"))
             return latents, conditioning
 
@@ -267,7 +269,8 @@ class Pipeline:
         schedule.restore(fresh | state.scheduler)  # the same step may have broken off half-way
         t, noisy = schedule.timesteps[state.step], state.latents
         expert, scale = self._expert(t, schedule)
-        prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale)
+        estimate = partial(_finished, schedule, state.step, noisy)
+        prediction = self.predict(expert, schedule.scaled(noisy, t), t, state.conditioning, scale, estimate)
         self.parts.use(self._following(schedule, state.step))  # they may come while this step is finished and saved
         return noisy, prediction, schedule.step(prediction, t, noisy)
 
@@ -343,17 +346,31 @@ class Pipeline:
         return checkpoint.experts[index], self.plan.request.guidance[index]
 
     def predict(
-        self, expert: str, latents: torch.Tensor, t: torch.Tensor, conditioning: Tensors, scale: float
+        self,
+        expert: str,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        conditioning: Tensors,
+        scale: float,
+        estimate: Estimate = lambda prediction, frames: prediction,
     ) -> torch.Tensor:
-        """The guided prediction in fp32, (1, C, F, H, W)."""
+        """The guided prediction in fp32, (1, C, F, H, W).
 
-        def forward(branches: slice) -> torch.Tensor:
+        Args:
+            estimate: asked between the windows of a long video; without one they are predicted, but do not go on
+                where those before them are.
+        """
+
+        def forward(latents: torch.Tensor, conditioning: Tensors, branches: slice) -> torch.Tensor:
             prediction = self._family.predict(self.parts, expert, latents, t, conditioning, branches)
             _check_finite([prediction], f"the {expert} at timestep {t:g}", prediction.dtype)
             return prediction.float()
 
+        def window(latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:
+            return guided(self.parts, partial(forward, latents, conditioning), scale)
+
         self.parts.use(expert)
-        return self._within_range((expert,), lambda: guided(self.parts, forward, scale))
+        return self._within_range((expert,), lambda: fused(self.parts, window, latents, conditioning, estimate))
 
     @torch.no_grad()
     def _preview(self, denoised: Callable[[], torch.Tensor], conditioning: Tensors) -> Frame:
@@ -437,6 +454,13 @@ def _give_back(plan: Plan) -> None:
 def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         raise Cancelled("stopped while the frames were decoded.")
+
+
+def _finished(
+    schedule: Schedule, index: int, noisy: torch.Tensor, prediction: torch.Tensor, frames: slice
+) -> torch.Tensor:
+    """What `prediction`, of some latent frames of `noisy` at step `index`, says they will be."""
+    return schedule.denoised(prediction, index, noisy[:, :, frames])
 
 
 def _check_finite(tensors: Iterable[torch.Tensor], who: str, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from framefit.request import ResolvedRequest
 
 __all__ = [
     "ASKED", "QUALITIES", "SETTINGS", "TIERS", "Chunk", "Decode", "Estimate", "Guidance", "Offload", "PhaseEstimate",
-    "Plan", "Quantize", "Setting", "Tier",
+    "Plan", "Quantize", "Setting", "Tier", "Window",
 ]  # fmt: skip
 
 S = TypeVar("S", bound="Setting")
@@ -191,7 +191,42 @@ class Chunk(Setting):
         return int(self.value.partition(":")[2] or 0) or None
 
 
-SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Quantize, Chunk, Decode, Guidance, Offload)}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window(Setting):
+    """How a video that is longer than the model was trained for is predicted: whole, or in overlapping windows.
+
+    FRAMES:OVERLAP is in frames of the video: the length of a window, and what it shares with the one before.
+    """
+
+    type = "window"
+    title = "windows of frames"
+    values = ("none",)
+    more = "FRAMES:OVERLAP"
+    phases = ("denoise",)
+
+    @classmethod
+    def accepts(cls, value: str) -> bool:
+        frames, _, overlap = value.partition(":")
+        whole = frames.isdecimal() and overlap.isdecimal()
+        return value in cls.values or (whole and 0 < int(overlap) < int(frames))
+
+    @property
+    def tier(self) -> Tier:
+        """Without windows nothing changes."""
+        return "exact" if self.value == "none" else "lossy"
+
+    @property
+    def frames(self) -> int:
+        """Of a window; 0: there are none."""
+        return 0 if self.value == "none" else int(self.value.partition(":")[0])
+
+    @property
+    def overlap(self) -> int:
+        """Frames that two neighbours share."""
+        return int(self.value.partition(":")[2] or 0)
+
+
+SETTINGS: dict[str, type[Setting]] = {kind.type: kind for kind in (Quantize, Chunk, Decode, Guidance, Window, Offload)}
 """Every type of setting: the vocabulary of a plan."""
 
 

@@ -20,7 +20,7 @@ from framefit import __version__, photo, video
 from framefit.checkpoint import default_root
 from framefit.errors import BadInput
 from framefit.families import Checkpoint, bundled
-from framefit.plan import Plan
+from framefit.plan import Plan, Window
 from framefit.request import Request
 
 __all__ = ["Recipe", "parameters", "recipe", "remember"]
@@ -61,6 +61,7 @@ def parameters(checkpoint: Checkpoint, plan: Plan, weights: str, crf: int) -> di
         "photos": dict(plan.photos),
         "precision": plan.precision,
         "settings": {s.type: s.value for s in plan.settings},
+        **_windows(checkpoint, plan),
         "weights": weights,
         "crf": crf,
         "device": plan.device.name,
@@ -68,6 +69,16 @@ def parameters(checkpoint: Checkpoint, plan: Plan, weights: str, crf: int) -> di
         "diffusers": version("diffusers"),
         "python": platform.python_version(),
     }
+
+
+def _windows(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """Which frames each window made, for whoever measures them; nothing where the video was made whole."""
+    from framefit.families.windows import Windows
+
+    stride = checkpoint.frames.stride
+    made = [Windows.of(s, stride) for s in plan.settings if isinstance(s, Window) and s.frames]
+    spans = [list(span) for each in made for span in each.frames(plan.request.num_frames, stride)]
+    return {"windows": spans} if len(spans) > 1 else {}
 
 
 def remember(checkpoint: Checkpoint, plan: Plan, weights: str) -> None:

@@ -23,6 +23,7 @@ from framefit.pipeline import Pipeline, Step, load
 from framefit.plan import QUALITIES, Estimate, Plan, Tier
 from framefit.planning import changes, check_fits, estimated
 from framefit.planning.ladder import exhausted
+from framefit.planning.length import beyond_trained
 from framefit.report import PhaseReport, Report
 from framefit.request import Request
 from framefit.retry import Again, watch_for, watched
@@ -221,6 +222,8 @@ def _execute(
     resumed = None if state is None else state.step
     if checkpoint.caution:
         ledger.note(checkpoint.caution)
+    if warning := beyond_trained(plan, checkpoint):
+        ledger.note(warning)
     writer = _writer(run, plan.request.steps, options) if run else None
     crf = options.crf if options.crf is not None else run.crf if run else DEFAULT_CRF
     try:

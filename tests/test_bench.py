@@ -107,8 +107,8 @@ def test_our_decode_equals_stock(scenario: Scenario, tmp_path: Path) -> None:
 def test_a_setting_is_measured_with_the_maths_it_makes(tmp_path: Path) -> None:
     together = Variant(name="+ guidance=together", engine="framefit", settings={"guidance": "together"})
     row = both(SCENARIOS["tiny-wan"], tmp_path, together)[1]
-    settings = {"guidance": "together", "quantize": "none", "chunk": "none", "decode": "whole", "offload": "none"}
-    assert row.settings == settings
+    usual = {"quantize": "none", "chunk": "none", "decode": "whole", "window": "none", "offload": "none"}
+    assert row.settings == {"guidance": "together"} | usual
     assert row.tier == "exact"
     assert 0 < row.quality["relative_l2"] < 1e-5
 
@@ -147,13 +147,13 @@ def test_real_weights_are_measured_on_what_their_encoders_say(name: str, tiny: A
 
 def test_rows_add_settings_up_and_new_types_appear(monkeypatch: pytest.MonkeyPatch) -> None:
     # one branch: in guidance there is nothing to change
-    chosen = {"guidance": "apart", "quantize": "none", "chunk": "none", "decode": "whole", "offload": "none"}
-    rows = further(SCENARIOS["wan2.2-a14b-480p"], chosen)
+    usual = {"quantize": "none", "chunk": "none", "decode": "whole", "window": "none", "offload": "none"}
+    rows = further(SCENARIOS["wan2.2-a14b-480p"], {"guidance": "apart"} | usual)
     moved = ["+ offload=part", "+ offload=block", "+ offload=leaf", "+ offload=disk"]
     assert [row.name for row in rows] == ["+ chunk=rows", *moved, "+ quantize=fp8", "+ quantize=int8"]
     assert "quantize" not in rows[4].settings, "what rounds the weights comes last"
-    *_, only = further(SCENARIOS["tiny"], {"guidance": "apart", "quantize": "none", "chunk": "none"})
-    assert only.settings["guidance"] == "together"
+    first, *_ = further(SCENARIOS["tiny"], {"guidance": "apart", "quantize": "none", "chunk": "none"})
+    assert first.settings == {"guidance": "together"}
     kinds = [SimpleNamespace(type="guidance", values=("together", "apart")), SimpleNamespace(type="new", values="ab")]
     monkeypatch.setattr(variants, "ORDER", [(kind, None) for kind in kinds])
     rows = further(SCENARIOS["tiny"], {"guidance": "apart", "new": "a"})

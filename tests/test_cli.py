@@ -206,6 +206,7 @@ def test_what_needs_no_torch_does_not_import_it(what: str) -> None:
     assert re.fullmatch(r"\d+\.\d+", shown.stdout.splitlines()[-1]), shown.stdout
 
 
+@pytest.mark.alone
 def test_help_is_there_in_half_a_second() -> None:
     def seconds() -> float:
         began = time.perf_counter()

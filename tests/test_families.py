@@ -66,6 +66,7 @@ def test_tiny_folders_are_recognised_and_every_parameter_is_random(
             assert not constant, constant
 
 
+@pytest.mark.alone
 def test_a_tiny_checkpoint_is_built_in_under_a_second(tmp_path: Path, tiny: Callable[[str], Checkpoint]) -> None:
     import time
 

@@ -60,7 +60,9 @@ def test_what_the_user_says_wins_over_the_preset_and_the_preset_over_the_default
     plan = plan_for("i2vgen-xl", preset="quality", steps=7, photo=(500, 500))
     assert (plan.request.width, plan.request.height) == (768, 768)
     assert (plan.request.num_frames, plan.request.steps) == (24, 7)
-    assert plan.reasons["num_frames"] == "the preset 'quality'"
+    origin, _, warning = plan.reasons["num_frames"].partition("; ")
+    assert origin == "the preset 'quality'"
+    assert "was trained on 16 frames and sees 24 at once" in warning
     assert plan.reasons["steps"] == "asked for"
 
 

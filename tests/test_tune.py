@@ -45,7 +45,14 @@ def test_a_budget_takes_the_slower_one() -> None:
 def test_every_combination_up_to_the_tier_is_tried() -> None:
     plan = prepare(SMALL, CPU)[1]
     assert list(candidates(plan, "exact")) == [
-        {"guidance": guidance, "quantize": "none", "chunk": "none", "decode": "whole", "offload": "none"}
+        {
+            "guidance": guidance,
+            "quantize": "none",
+            "chunk": "none",
+            "decode": "whole",
+            "window": "none",
+            "offload": "none",
+        }
         for guidance in ("apart", "together")
     ]
     card = replace(plan, device=replace(plan.device, id="cuda:0"))

@@ -47,6 +47,7 @@ NEEDS: Mapping[str, Callable[[Scenario], bool]] = {
     "chunk": lambda scenario: scenario.group != "cpu",
     "offload": lambda scenario: scenario.group != "cpu",
     "quantize": lambda scenario: scenario.kind == "denoise",
+    "window": lambda scenario: False,  # lossy, and only where it is asked for
 }
 """Type of setting -> whether it can change anything in a scenario; one that is not here always may."""
 

@@ -20,9 +20,10 @@ from framefit.families import magvit_vae
 from framefit.families.parts import Notice, Parts, Tensors, noise
 from framefit.families.pixels import blank, placed, to_tensor
 from framefit.families.text import tokenize
+from framefit.families.windows import known
 from framefit.request import ResolvedRequest
 
-__all__ = ["decode", "encode_image", "encode_text", "inpaint_video", "predict", "settle"]
+__all__ = ["decode", "encode_image", "encode_text", "inpaint_video", "predict", "settle", "window"]
 
 IMAGE_NOISE = 0.0563
 """Strength of the noise on the known frames (`noise_aug_strength` upstream)."""
@@ -101,6 +102,10 @@ def predict(
         return_dict=False,
     )[0]
     return prediction
+
+
+def window(conditioning: Tensors, span: slice, frames: int, anchor: torch.Tensor | None) -> Tensors:
+    return conditioning | {"inpaint": known(conditioning["inpaint"], span, frames, anchor)}
 
 
 def settle(latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:

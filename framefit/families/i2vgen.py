@@ -16,7 +16,7 @@ from framefit.families.pixels import to_frames, to_tensor
 from framefit.families.text import tokenize
 from framefit.request import ResolvedRequest
 
-__all__ = ["decode", "encode_image", "encode_text", "predict", "settle"]
+__all__ = ["decode", "encode_image", "encode_text", "predict", "settle", "window"]
 
 
 def encode_text(parts: Parts, request: ResolvedRequest, notice: Notice) -> Tensors:
@@ -69,6 +69,14 @@ def predict(
         return_dict=False,
     )[0]
     return prediction
+
+
+def window(conditioning: Tensors, span: slice, frames: int, anchor: torch.Tensor | None) -> Tensors:
+    """Each window's frames tell their places in it, from 0 to 1."""
+    length = span.stop - span.start
+    given = conditioning["image"]
+    places = given[:, :, 1:length] * ((frames - 1) / (length - 1))
+    return conditioning | {"image": torch.cat([given[:, :, :1] if anchor is None else anchor, places], dim=2)}
 
 
 def settle(latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:

@@ -17,6 +17,7 @@ from framefit.errors import FramefitError, ModelMissing
 from framefit.families import easyanimate_v5
 from framefit.families.checkpoint import Checkpoint, Component
 from framefit.families.pieces import Pieces
+from framefit.families.windows import Windows
 from framefit.request import ResolvedRequest
 
 __all__ = [
@@ -49,6 +50,8 @@ class Parts:
     """Whether both guidance branches run in one forward; set by the guidance pass."""
     pieces: Pieces = field(default=Pieces())
     """How much of a video the VAE takes at once; set by the decode pass."""
+    windows: Windows | None = field(default=None)
+    """How a long video is divided; None: it is not. Set by the window pass."""
     placement: Placement | None = field(default=None)
     """Moves weights to and from the device; None: all stay there. Set by the offload pass."""
 
@@ -135,6 +138,12 @@ class Family(Protocol):
         self, parts: Parts, expert: str, latents: torch.Tensor, t: torch.Tensor, conditioning: Tensors, branches: slice
     ) -> torch.Tensor:
         """One forward of `expert` at timestep `t` for some guidance branches: (B, C, F, H, W)."""
+
+    def window(self, conditioning: Tensors, span: slice, frames: int, anchor: torch.Tensor | None) -> Tensors:
+        """The conditioning of some of a video's `frames` latent frames, as if they were a video of their own.
+
+        `anchor` (1, C, 1, H, W) is their first one, in the photo's place; None: they begin with the photo.
+        """
 
     def settle(self, latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:
         """What is left to do to the latents once the last step is taken."""

@@ -21,9 +21,10 @@ from framefit.families import wan_vae
 from framefit.families.parts import Notice, Parts, Tensors, noise
 from framefit.families.pixels import placed, to_tensor
 from framefit.families.text import tokenize
+from framefit.families.windows import known
 from framefit.request import ResolvedRequest
 
-__all__ = ["UPSTREAM", "clean", "decode", "encode_image", "encode_text", "predict", "settle"]
+__all__ = ["UPSTREAM", "clean", "decode", "encode_image", "encode_text", "predict", "settle", "window"]
 
 UPSTREAM = {
     r"^condition_embedder\.(time|text)_embedder\.linear_1": r"\1_embedding.0",
@@ -100,6 +101,12 @@ def predict(
         return_dict=False,
     )[0]
     return prediction
+
+
+def window(conditioning: Tensors, span: slice, frames: int, anchor: torch.Tensor | None) -> Tensors:
+    if "first_frame" in conditioning:
+        return conditioning if anchor is None else conditioning | {"first_frame": anchor}
+    return conditioning | {"image": known(conditioning["image"], span, frames, anchor)}
 
 
 def settle(latents: torch.Tensor, conditioning: Tensors) -> torch.Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from framefit.families.parts import Parts
-from framefit.passes import chunk, decode, guidance, offload, quantize
-from framefit.plan import Chunk, Decode, Guidance, Offload, Plan, Quantize, Setting
+from framefit.passes import chunk, decode, guidance, offload, quantize, window
+from framefit.plan import Chunk, Decode, Guidance, Offload, Plan, Quantize, Setting, Window
 
 __all__ = ["ORDER", "apply_all", "change"]
 
@@ -18,7 +18,8 @@ ORDER: tuple[tuple[type[Setting], Any], ...] = (
     (Chunk, chunk),  # before what wraps modules: it restates how they call what is in them
     (Decode, decode),  # likewise, of the VAE
     (Offload, offload),  # after all that touch modules: it packs the weights as they leave them
-    (Guidance, guidance),  # last: it touches none, so that a change of it packs nothing anew
+    (Guidance, guidance),  # after it: it touches none, so that a change of it packs nothing anew
+    (Window, window),  # the same: which frames a call is about
 )
 
 

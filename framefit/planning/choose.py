@@ -13,7 +13,8 @@ from typing import Any
 from framefit.device import Device
 from framefit.errors import BadInput, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import Chunk, Decode, Estimate, Guidance, Offload, Plan, Quantize, Setting
+from framefit.plan import Chunk, Decode, Estimate, Guidance, Offload, Plan, Quantize, Setting, Window
+from framefit.planning import length
 from framefit.planning.asked import asked
 from framefit.request import Request, ResolvedRequest
 
@@ -67,17 +68,22 @@ def choose(
         origin = f"the preset '{preset}'" if of_preset else "asked for"
         reasons["loras"] = f"{origin}; merged into the weights when they are loaded"
     precision = _precision(precision, device, reasons)
-    return Plan(
+    chosen = _settings(checkpoint, asked(settings or {}))
+    length.check(next(s for s in chosen if isinstance(s, Window)), checkpoint)
+    plan = Plan(
         request=resolved,
         device=device,
         precision=precision,
-        settings=_settings(checkpoint, asked(settings or {})),
+        settings=chosen,
         estimate=Estimate(
             weights_bytes=sum(component_bytes(checkpoint, precision).values()), free_bytes=device.budget_bytes
         ),
         photos=dict(photos or {}),
         reasons=reasons,
     )
+    if warning := length.beyond_trained(plan, checkpoint):
+        reasons["num_frames"] += f"; {warning}"
+    return plan
 
 
 def _wanted(request: Request, checkpoint: Checkpoint, preset: str | None, reasons: dict[str, str]) -> dict[str, Any]:
@@ -194,6 +200,7 @@ def untouched(checkpoint: Checkpoint) -> tuple[Setting, ...]:
         Quantize(value="none", because="8 bits would round the weights"),
         Chunk(value="none", because="whole forwards are the fastest"),
         Decode(value="whole", because="as many frames at once as the reference takes"),
+        Window(value="none", because="all frames in one piece"),
         Offload(value="none", because="weights on the device are the fastest"),
     )
 

@@ -31,6 +31,7 @@ from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
+from framefit.passes.window import fused
 from framefit.plan import Offload, Plan
 from framefit.planning import chunks
 from framefit.planning.phase import Given, PhaseTrace
@@ -165,11 +166,15 @@ class _Way:
         experts = zip(parts.checkpoint.experts, request.guidance, strict=True)
         for expert, scale in experts if "denoise" not in self.known else ():
 
-            def forward(branches: slice, expert: str = expert) -> torch.Tensor:
-                return family.predict(parts, expert, latents, torch.tensor(900.0), conditioning, branches).float()
+            def window(latents: torch.Tensor, conditioning: Tensors, expert: str = expert, scale: float = scale) -> Any:
+                def forward(branches: slice) -> torch.Tensor:
+                    return family.predict(parts, expert, latents, torch.tensor(900.0), conditioning, branches).float()
 
+                return guided(parts, forward, scale)
+
+            equal = partial(_as_before, window, _Last(), self.live, self.tally)
             with self._phase(f"denoise:{expert}", expert):
-                guided(parts, forward, scale)
+                fused(parts, equal, latents, conditioning, lambda prediction, frames: prediction)
         if "decode" not in self.known:
             with self._phase("decode", "vae"):
                 for chunk in family.decode(parts, family.settle(latents, conditioning)):

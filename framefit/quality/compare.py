@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from framefit import video
 from framefit.errors import BadInput, UsageError
-from framefit.quality import fidelity, stability
+from framefit.quality import fidelity, stability, windows
 from framefit.quality.fidelity import Frames
 from framefit.quality.motion import motion
 from framefit.quality.sanity import findings
+from framefit.quality.windows import Windows
 
 __all__ = ["METRICS", "Comparison", "Metric", "Score", "beyond", "compare", "load"]
 
@@ -74,6 +75,8 @@ class Comparison:
     """What is wrong with ours, and with the reference, by itself."""
     lag: int
     """Frames that ours would have to begin later to fit much better, for videos of one length; mostly 0."""
+    windows: Windows | None = None
+    """Of ours, where it was made in windows and they can be measured."""
 
     @property
     def notes(self) -> list[str]:
@@ -89,6 +92,8 @@ class Comparison:
         if self.lag:
             when = "later" if self.lag > 0 else "earlier"
             said.append(f"{self.ours} would fit {self.reference} better {abs(self.lag)} frames {when}.")
+        if self.windows:
+            said.append(f"{self.ours} was {self.windows}")
         return said
 
     def to_json(self) -> dict[str, Any]:
@@ -114,11 +119,13 @@ def compare(
         (ah, aw), (bh, bw) = a.shape[1:3], b.shape[1:3]
         raise BadInput(f"{ours} is {aw}x{ah} and {reference} is {bw}x{bh}: metrics need one size, so make both at it.")
     faults, lengths = (tuple(findings(a)), tuple(findings(b))), (len(a), len(b))
+    scores: dict[str, Score] = {}
+    missing: dict[str, str] = {}
+    joined = _windows(ours, a, missing)
     first, lag = _alignment(a, b)
     a, b = a[first[0] :], b[first[1] :]
     count = min(len(a), len(b))
     a, b = a[:count], b[:count]
-    scores, missing = {}, {}
     for name in METRICS if metrics is None else metrics:
         try:
             scores[name] = METRICS[name].measure(a, b, lpips_weights)
@@ -128,7 +135,7 @@ def compare(
             missing[name] = str(error)
     return Comparison(
         ours=ours, reference=reference, width=a.shape[2], height=a.shape[1], num_frames=count, first=first,
-        lengths=lengths, scores=scores, missing=missing, faults=faults, lag=lag,
+        lengths=lengths, scores=scores, missing=missing, faults=faults, lag=lag, windows=joined,
     )  # fmt: skip
 
 
@@ -161,6 +168,16 @@ def _alignment(a: Frames, b: Frames) -> tuple[tuple[int, int], int]:
     errors = [_error(small[max(0, -s) :], other[max(0, s) :]) for s in shifts]
     best = int(np.argmin(errors))
     return (0, 0), shifts[best] if errors[best] < errors[shifts.index(0)] / 2 else 0
+
+
+def _windows(path: Path, frames: Frames, missing: dict[str, str]) -> Windows | None:
+    if not (spans := windows.spans(video.inspect(path).parameters, len(frames))):
+        return None
+    try:
+        return windows.measure(frames, spans)
+    except UsageError as error:
+        missing["windows"] = str(error)
+        return None
 
 
 def _thumbnails(frames: Frames) -> npt.NDArray[np.float64]:
