@@ -53,8 +53,8 @@ def _decodes(plan: Plan) -> tuple[str, ...]:
 LADDER: tuple[Relief, ...] = (
     Relief(kind=Decode, before="whole", after="frame", phases=("encode_image", "decode"), ram=True,
            helps=lambda plan: "frame" in _decodes(plan)),
-    Relief(kind=Decode, before="frame", after="tile:256", phases=("encode_image", "decode"), ram=True,
-           helps=lambda plan: "tile:256" in _decodes(plan) and max(plan.request.width, plan.request.height) > 256),
+    Relief(kind=Decode, before="*", after="tile:128", phases=("encode_image", "decode"), ram=True,
+           helps=lambda plan: "tile:128" in _decodes(plan) and max(plan.request.width, plan.request.height) > 128),
     Relief(kind=Guidance, before="together", after="apart", phases=("denoise",), ram=True,
            helps=lambda plan: plan.request.guided),
     Relief(kind=Chunk, before="none", after="rows", phases=("denoise",), ram=True,
@@ -130,6 +130,7 @@ def _reliefs(plan: Plan, phase: str, shortage: Shortage) -> list[tuple[Relief, S
         for setting in plan.settings
         if isinstance(setting, relief.kind)
         and fnmatchcase(setting.value, relief.before)
+        and setting.value != relief.after
         and phase.partition(":")[0] in relief.phases
         and (relief.ram or shortage.of == "card")
         and relief.helps(plan)
