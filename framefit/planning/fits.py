@@ -12,7 +12,7 @@ from pathlib import Path
 from framefit.device import Device
 from framefit.families import CHECKPOINTS, Checkpoint
 from framefit.plan import Plan, Tier
-from framefit.planning.choose import choose
+from framefit.planning.choose import choose, untouched
 from framefit.planning.fit import fitted
 from framefit.request import Request
 
@@ -40,7 +40,8 @@ class Row:
         if self.plan is None:
             return (self.model, card, "nothing", *("-" for _ in COLUMNS[3:]))
         request, estimate = self.plan.request, self.plan.estimate
-        settings = " ".join(f"{s.type}={s.value}" for s in self.plan.settings)
+        usual = {s.type: s.value for s in untouched(CHECKPOINTS[self.model])}
+        settings = " ".join(f"{s.type}={s.value}" for s in self.plan.settings if s.value != usual[s.type]) or "-"
         minutes = "-" if estimate.seconds is None else f"{estimate.seconds / 60:.1f}"
         # all on the card: RAM holds one component at a time while loading
         host = max(phase.host_bytes for phase in estimate.phases)
