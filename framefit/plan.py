@@ -325,12 +325,13 @@ class Plan:
 
     def excess_bytes(self, phase: PhaseEstimate) -> int:
         """What a phase needs beyond what there is: of the card, of RAM for weights that are kept there, of the disk."""
+        disk = phase.disk_bytes - self.device.disk_free_bytes
         if self.device.id == "cpu":
-            return phase.host_bytes - self.estimate.free_bytes
+            return max(phase.host_bytes - self.estimate.free_bytes, disk)
         over = phase.peak_vram_bytes - self.estimate.free_bytes
         if self.offload != "none":
             over = max(over, phase.host_bytes - self.device.ram_free_bytes)
-        return max(over, phase.disk_bytes - self.device.disk_free_bytes)
+        return max(over, disk)
 
     @property
     def host_fits(self) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from framefit import tuned
 from framefit.errors import UsageError
 from framefit.families import Checkpoint, find
-from framefit.plan import Plan
+from framefit.plan import Guidance, Plan
 from framefit.planning import choose, prepare
 from framefit.planning.asked import ALIASES, asked
 from framefit.request import Request
@@ -65,7 +65,7 @@ def test_what_a_search_has_filed_does_not_win_over_an_alias(photo: Path) -> None
     filed = prepare(request, device="cpu")[1]
     assert filed.quantize == "int8"
     plan = prepare(request, device="cpu", settings={"offload": "model_full_load_and_qfloat8"})[1]
-    assert {s.type: s.value for s in plan.settings} == {"guidance": "together", "quantize": "fp8", "offload": "none"}
+    assert (plan.quantize, plan.offload, plan.setting(Guidance).value) == ("fp8", "none", "together")
 
 
 def test_the_page_lists_them() -> None:

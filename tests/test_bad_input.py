@@ -178,7 +178,7 @@ def test_photo_whose_name_is_not_unicode(run: Run, photo: Path) -> None:
         (WAN, ("--last-image", "end.png", "--frames", 1), BAD_INPUT, ("1 frame",)),
         (EASY, ("--lora", "x.safetensors"), BAD_INPUT, ("no LoRA at x.safetensors",)),
         (WAN, ("--preset", "best"), USAGE, ("'best'", "draft, standard, quality")),
-        (EASY, ("--set", "speed=high"), USAGE, ("'speed'", "the settings are guidance")),
+        (EASY, ("--set", "speed=high"), USAGE, ("'speed'", "the settings are quantize")),
         (EASY, ("--set", "guidance=fast"), USAGE, ("guidance=fast", "guidance=together or guidance=apart")),
         (EASY, ("--device", "gpu"), USAGE, ("'gpu'", "auto, cpu, cuda or cuda:N")),
         (EASY, ("--device", "cuda:99"), USAGE, ("'cuda:99'", "CUDA devices")),

@@ -177,7 +177,8 @@ def test_every_flag_of_the_request_reaches_the_plan(call: Call, tiny: Tiny, phot
     }  # fmt: skip
     assert plan["precision"] == "bf16"
     assert plan["settings"][0] == {"type": "guidance", "tier": "exact", "value": "together", "because": "asked for"}
-    assert [setting["type"] for setting in plan["settings"]] == ["guidance", "decode", "offload"]
+    kinds = ["guidance", "quantize", "chunk", "decode", "window", "offload"]
+    assert [setting["type"] for setting in plan["settings"]] == kinds
 
 
 IMPORTS = """

@@ -327,14 +327,15 @@ def test_the_next_expert_is_read_before_the_swap(plan: Plan, row: Checkpoint, mo
     monkeypatch.setattr(FiledSlab, "open", noted)
     state = pipeline.encode()
     pipeline.denoise(state, on_step=lambda step: steps.__setitem__(0, step.index))
-    component = placement(pipeline.parts).components["transformer_2"]
+    placed = placement(pipeline.parts)
+    component = placed.components["transformer_2"]
     pipeline.close()
     assert events == [("transformer_2", last)], "when its last step began, and never else"
     assert read == [*component.whole, *(unit.slab for unit in component.stream.units)], "memory is free for all"
     monkeypatch.setattr(Device, "detect", lambda which: replace(plan.device, ram_free_bytes=0))
     taken: list[int] = []
     monkeypatch.setattr(DiskTransfer, "expect", lambda self, slabs: taken.append(len(slabs)))
-    placement(pipeline.parts).expect("transformer_2")
+    placed.expect("transformer_2")
     assert taken == [len(component.whole) + 1]
 
 

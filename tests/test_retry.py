@@ -18,8 +18,7 @@ from framefit.errors import ModelMissing
 from framefit.families import Checkpoint, i2vgen
 from framefit.families.parts import Parts
 from framefit.plan import Setting, Tier
-from framefit.planning import ladder, suspects
-from framefit.planning.ladder import Relief
+from framefit.planning import suspects
 from framefit.quality.sanity import Watch
 from framefit.request import Request
 from framefit.run import Options, generate
@@ -53,6 +52,7 @@ class Halves(Setting):
     type = "halves"
     title = "halves"
     values = ("no", "yes")
+    phases = ("decode",)
     tier: ClassVar[Tier] = "near"
 
 
@@ -82,13 +82,9 @@ def near(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Setting]], None]:
             Halves: SimpleNamespace(apply=part, remove=whole),
         }[kind]
         monkeypatch.setitem(plan.SETTINGS, kind.type, kind)
-        monkeypatch.setattr(passes, "ORDER", ((kind, technique), *passes.ORDER))
+        monkeypatch.setattr(passes, "ORDER", (*passes.ORDER, (kind, technique)))
         monkeypatch.setattr(choose, "untouched", lambda row: (*usual(row), kind(value="yes", because="it is faster")))
         monkeypatch.setattr(suspects, "untouched", lambda row: (*sound(row), kind(value="no")))
-        if kind is Halves:
-            table = (Relief(kind=Halves, before="no", after="yes", phases=("decode",)), *ladder.LADDER)
-            monkeypatch.setattr(ladder, "LADDER", table)
-            monkeypatch.setattr(suspects, "LADDER", table)
 
     return add
 

@@ -131,6 +131,8 @@ class Transfer:
     def stay(self, table: torch.Tensor) -> object:
         """`table` is looked up on the host, as long as what is returned is held."""
         table.data = table.data.cpu()
+        if table.untyped_storage().nbytes() > table.nbytes:  # it would keep the slab that it lay in before
+            table.data = table.data.clone()
         return table
 
     def copy(self, slab: Slab, room: Room) -> None:
