@@ -8,14 +8,13 @@ states. Chunks stay large, so that kernels stay full. What is restated over a bl
 
 from __future__ import annotations
 
-from types import ModuleType
+from importlib import import_module
 
 from diffusers.hooks import HookRegistry
 from torch import nn
 
 from framefit.errors import UsageError
 from framefit.families.parts import Parts
-from framefit.passes import chunk_easyanimate, chunk_unet, chunk_wan
 from framefit.plan import Chunk
 
 __all__ = ["ELEMENTS", "apply", "chunked", "remove"]
@@ -25,12 +24,12 @@ HOOK = "framefit.chunk"
 ELEMENTS = 4096 * 5120
 """Rows of a chunk times their width, where nobody says how many rows: 40 MiB in bf16."""
 
-DENOISERS: dict[str, ModuleType] = {
-    "WanTransformer3DModel": chunk_wan,
-    "EasyAnimateTransformer3DModel": chunk_easyanimate,
-    "I2VGenXLUNet": chunk_unet,
+DENOISERS = {
+    "WanTransformer3DModel": "chunk_wan",
+    "EasyAnimateTransformer3DModel": "chunk_easyanimate",
+    "I2VGenXLUNet": "chunk_unet",
 }
-"""Class -> what of it works by rows."""
+"""Class -> the module beside this one that says what of it works by rows. Imported for it alone: they take a second."""
 
 
 def apply(parts: Parts, setting: Chunk) -> None:
@@ -39,11 +38,12 @@ def apply(parts: Parts, setting: Chunk) -> None:
         return
     for expert in parts.checkpoint.experts:
         model = parts[expert]
-        if (known := DENOISERS.get(type(model).__name__)) is None:
+        if (name := DENOISERS.get(type(model).__name__)) is None:
             raise UsageError(
                 f"chunk={setting.value} was asked for, and of {type(model).__name__} it is not known what works by "
                 f"rows: use chunk=none."
             )
+        known = import_module(f"framefit.passes.{name}")
         elements = setting.rows * known.width(model) if setting.rows else ELEMENTS
         for module, hook in known.hooks(model):
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook(elements), HOOK)

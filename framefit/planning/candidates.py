@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from framefit.families import Checkpoint
-from framefit.plan import TIERS, Chunk, Decode, Guidance, Offload, Plan, Quantize, Setting, Tier
+from framefit.plan import TIERS, Chunk, Decode, Guidance, Offload, Plan, Quantize, Setting, Tier, Window
 from framefit.planning import moved
 from framefit.planning.phase import PhaseTrace
 
@@ -51,6 +51,7 @@ CANDIDATES: tuple[Candidates, ...] = (
     Candidates(Chunk, lambda checkpoint: ("none", "rows")),
     Candidates(Decode, _decode, open=_divides),
     Candidates(Quantize, lambda checkpoint: ("none", "int8"), moves_weights=True),
+    Candidates(Window, lambda checkpoint: ("none",)),  # another video: only where it is asked for
 )
 
 

@@ -65,10 +65,12 @@ def _all(plan: Plan, checkpoint: Checkpoint, tier: Tier) -> Iterator[Change]:
     def with_request(request: ResolvedRequest) -> Plan:
         return leanest(replace(plan, request=request), checkpoint, tier=tier)
 
+    need = leanest(plan, checkpoint, tier=tier)
+    if not (need.host_fits and need.disk_fits):  # weights: no frame is too many
+        return
     yield from _fewer_frames(plan, checkpoint, with_request)
     yield from _smaller(plan, checkpoint, with_request)
-    need = leanest(plan, checkpoint, tier=tier)
-    if need.device.id != "cpu" and need.host_fits:
+    if need.device.id != "cpu":
         yield Change(
             flag=f"a card with {need.estimate.peak_bytes / GIB:.1f} GiB for the run",
             peak_bytes=need.estimate.peak_bytes, seconds=need.estimate.seconds,

@@ -38,14 +38,17 @@ class Option:
     """Seconds, 0 where they are not known; then the place of its offload in the order, and its rungs in all."""
 
     def relieved_by(self, each: Candidates) -> bool:
-        """Whether another value of a type could help where it does not fit."""
+        """Whether another value of a type could help where it does not fit: where weights alone are too much, or RAM
+        is, only one with fewer of them."""
+        if each.moves_weights:
+            return not self.plan.feasible
+        free, on_card = self.plan.estimate.free_bytes, self.plan.device.id != "cpu"
         weights = {trace.name: sum(trace.weights_bytes.values()) for trace in self.traces}
-        for phase in self.plan.estimate.phases:
-            if not self.plan.fits(phase):
-                alone = weights.get(phase.name, phase.peak_vram_bytes) > self.plan.estimate.free_bytes
-                if each.moves_weights or (not alone and self.plan.setting(each.kind).touches(phase.name)):
-                    return True
-        return False
+        return any(
+            (phase.peak_vram_bytes if on_card else phase.host_bytes) > free >= weights.get(phase.name, free + 1)
+            and self.plan.setting(each.kind).touches(phase.name)
+            for phase in self.plan.estimate.phases
+        )
 
 
 def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
