@@ -1,13 +1,13 @@
-"""A model at true size in a part of the card's memory: what was said, what was measured, and what it costs in time.
+"""Every model of the memory goals at true size in the goal's memory: what was said, what was measured, what it costs.
 
-    python benchmarks/fit.py --out FOLDER [--only ROW ...] [--offload VALUE ...] [--cap GIB]
+    python benchmarks/fit.py predict --out benchmarks/fit_predicted_DATE         no card; filed before anything is run
+    python benchmarks/fit.py run benchmarks/fit_predicted_DATE.json --out FOLDER [--only ROW ...]
+    python benchmarks/fit.py table FOLDER --out benchmarks/fit_h200_DATE
 
-With `--offload disk` the weights go to the user's state folder: XDG_STATE_HOME says on which disk.
-
-Each row in a process of its own: random weights on the card, a run with weights that stay, then the same weights in
-host memory, and the same run with denoising under a cap on what torch's allocator reserves. Two steps on each side of
-the swap of experts. One JSON a row. Weights are random, so that the video means nothing; seconds and bytes do not
-depend on them.
+Each row runs in a process of its own: random weights on the card, a run with the reference's settings, then the
+settings that `predict` derived for the goal, and the whole run again, encoding and decoding too, under a cap on what
+torch's allocator reserves: the goal, or where nothing fits it what was said and MARGIN more. Two steps on each side of
+the swap of experts. Weights are random, so that the video means nothing; seconds and bytes do not depend on them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import psutil
 import torch
 from torch import nn
@@ -34,110 +35,148 @@ from framefit.errors import DoesNotFit
 from framefit.families import CHECKPOINTS, Checkpoint
 from framefit.families.parts import PRECISIONS, Parts
 from framefit.ledger import Ledger
-from framefit.passes import apply_all, offload
+from framefit.passes import apply_all, change, offload
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
-from framefit.planning import choose, estimated
+from framefit.planning import choose, estimated, fitted
 from framefit.planning.traces import traced
 from framefit.request import Request
 from framefit.testing import random_parts, randomise
 
 PHOTO = Path(__file__).parents[1] / "framefit" / "assets" / "rocket.jpg"
-ROWS = {
-    "wan2.2-a14b-480p": ("wan2.2-i2v-a14b", 832, 480, 81),
-    "wan2.2-a14b-720p": ("wan2.2-i2v-a14b", 1280, 720, 81),
-    "wan2.2-ti2v-5b": ("wan2.2-ti2v-5b", 1280, 704, 121),
-    "easyanimate-7b-384": ("easyanimate-v5.1-7b-inp", 672, 384, 49),
-    "i2vgen-xl-512": ("i2vgen-xl", 512, 512, 16),
-}
-"""Row -> model, width, height, frames."""
+CARD = "h200"
+GIB = 2**30
+RAM_BYTES = 110 * GIB
+"""Free for a run beside an H200."""
 STEPS = 5
 """Two before and three after Wan2.2-A14B's swap, at both sizes."""
 MARGIN = 1.02
-"""The cap where none is given: what was said, and this much more."""
-FIGURES = ("host_bytes", "pinned_bytes", "disk_bytes", "onload_bytes", "peak_bytes")
-GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    model: str
+    width: int
+    height: int
+    num_frames: int
+    goal_gib: float
+    """That may be reserved."""
+    guidance: float | None = None
+    """None: the model's own. 1: one branch, where the reference runs both apart anyway."""
+
+
+ROWS = {
+    "i2vgen-xl-512": Row("i2vgen-xl", 512, 512, 16, 4),
+    "i2vgen-xl-768-16": Row("i2vgen-xl", 768, 768, 16, 5),
+    "i2vgen-xl-768-24": Row("i2vgen-xl", 768, 768, 24, 6),
+    "i2vgen-xl-1024": Row("i2vgen-xl", 1024, 1024, 32, 8),
+    "easyanimate-7b-384": Row("easyanimate-v5.1-7b-inp", 672, 384, 49, 4),
+    "easyanimate-7b-768": Row("easyanimate-v5.1-7b-inp", 1344, 768, 49, 8),
+    "wan2.2-a14b-480p": Row("wan2.2-i2v-a14b", 832, 480, 81, 3.3, guidance=1.0),
+    "wan2.2-a14b-720p": Row("wan2.2-i2v-a14b", 1280, 720, 81, 5.5, guidance=1.0),
+    "wan2.2-ti2v-5b": Row("wan2.2-ti2v-5b", 1280, 704, 121, 5, guidance=1.0),
+}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--only", nargs="*", default=list(ROWS)[:2], choices=list(ROWS))
-    arguments.add_argument("--offload", nargs="*", default=["block"])
-    arguments.add_argument("--cap", type=float, help="GiB that may be reserved while denoising")
-    arguments.add_argument("--here", action="store_true", help="one row, in this process")
+    ways = arguments.add_subparsers(dest="way", required=True)
+    for name, source in (("predict", None), ("run", "predicted"), ("table", "folder")):
+        way = ways.add_parser(name)
+        if source:
+            way.add_argument(source, type=Path)
+        way.add_argument("--out", type=Path, required=True)
+        way.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
+        way.add_argument("--here", action="store_true", help="one row, in this process")
     flags = arguments.parse_args()
+    {"predict": _predict, "run": _run_all, "table": _table}[flags.way](flags)
+
+
+def _predict(flags: argparse.Namespace) -> None:
+    found = []
+    for name in flags.only:
+        goal = int(ROWS[name].goal_gib * GIB)
+        plan = _plan(name, Device.named(CARD, vram_bytes=goal, ram_bytes=RAM_BYTES), {})
+        plan = fitted(plan, CHECKPOINTS[ROWS[name].model])
+        found.append({"row": name, "goal_bytes": goal, "feasible": plan.feasible, **_said(plan)})
+        print(f"{name}: {_told(found[-1])}", flush=True)
+    flags.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    lines = ["| work | goal GiB | settings | phase | allocated | reserved | pinned |", "|---" * 7 + "|"]
+    for each in found:
+        settings = " ".join(f"{kind}={value}" for kind, value in each["settings"].items())
+        for phase, said in each["phases"].items():
+            over = "" if said["reserved_bytes"] <= each["goal_bytes"] else " **over**"
+            lines.append(
+                f"| {each['row']} | {each['goal_bytes'] / GIB:g} | {settings} | {phase} "
+                f"| {said['allocated_bytes'] / GIB:.2f} | {said['reserved_bytes'] / GIB:.2f}{over} "
+                f"| {said['pinned_bytes'] / GIB:.1f} |"
+            )
+    flags.out.with_suffix(".md").write_text("# Said before it is run\n\n" + "\n".join(lines) + "\n")
+
+
+def _run_all(flags: argparse.Namespace) -> None:
     flags.out.mkdir(parents=True, exist_ok=True)
+    said = {each["row"]: each for each in json.loads(flags.predicted.read_text())}
     for name in flags.only:
         if flags.here:
-            perform(name, flags.offload, flags.cap, flags.out)
+            _measure(name, said[name], flags.out / f"{name}.json")
         else:
-            cap = ["--cap", str(flags.cap)] if flags.cap else []
-            command = [sys.executable, __file__, "--here", "--out", str(flags.out), "--only", name, *cap]
-            subprocess.run([*command, "--offload", *flags.offload], check=False)
+            command = [sys.executable, __file__, "run", str(flags.predicted), "--out", str(flags.out), "--here"]
+            subprocess.run([*command, "--only", name], check=False)
 
 
-def perform(name: str, values: list[str], cap_gib: float | None, folder: Path) -> None:
-    """Measure one row with every way of offloading, and write each as it comes."""
-    row, (width, height) = CHECKPOINTS[ROWS[name][0]], ROWS[name][1:3]
-    plan = _plan(name, "none")
+def _measure(name: str, said: dict[str, Any], file: Path) -> None:
+    """One row, and its file."""
+    checkpoint, card = CHECKPOINTS[ROWS[name].model], Device.detect("cuda")
+    usual = _plan(name, card, {})
     began = time.perf_counter()
     expand_segments()
-    parts = apply_all(_random(row, plan), plan)
-    facts: dict[str, Any] = {
-        "row": name, "model": row.id, "size": [width, height], "num_frames": ROWS[name][3], "steps": STEPS,
-        "device": f"{plan.device.name}, torch {torch.__version__}", "precision": plan.precision,
-        "build_s": round(time.perf_counter() - began, 1),
+    parts = apply_all(_random(checkpoint, usual), usual)
+    build_s = time.perf_counter() - began
+    resident, still = _run(usual, parts, None)
+    print(f"{name} resident: {_summary(resident)}", flush=True)
+    plan = _plan(name, card, said["settings"])
+    need = max(phase["reserved_bytes"] for phase in said["phases"].values())
+    cap = said["goal_bytes"] if said["feasible"] else int(MARGIN * need)
+    began = time.perf_counter()
+    change(parts, usual, plan)
+    gc.collect()
+    torch.cuda.empty_cache()
+    found: dict[str, Any] = {
+        "row": name, "device": f"{card.name}, torch {torch.__version__}", "precision": plan.precision, "said": said,
+        "cap_bytes": cap, "build_s": round(build_s, 1), "pack_s": round(time.perf_counter() - began, 1),
+        "resident": resident,
     }  # fmt: skip
-    resident, still = _run(plan, parts, None)
-    print(f"{name} none: {_summary(resident)}", flush=True)
-    for value in values:
-        plan = _plan(name, value)
-        said = _said(plan, row)
-        cap = int((cap_gib or MARGIN * _denoising_gib(said)) * GIB)
-        began = time.perf_counter()
-        apply_all(parts, plan)
-        gc.collect()
-        torch.cuda.empty_cache()
-        found = facts | {
-            "offload": value, "cap_bytes": cap, "predicted": said, "resident": resident,
-            "pack_s": round(time.perf_counter() - began, 1),
-        }  # fmt: skip
-        try:
-            offloaded, latents = _run(plan, parts, cap)
-            found |= {"offloaded": offloaded, "same_bits": torch.equal(latents, still)}
-            found |= {"slower": _ratios(resident, offloaded), "errors": _errors(said, offloaded)}
-        except (torch.OutOfMemoryError, DoesNotFit) as error:
-            found |= {"failed": " ".join(str(error).split())}
-        file = folder / f"fit_{name}_{value.replace(':', '-')}.json"
-        file.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"{name} {value}: {found.get('failed') or _summary(found['offloaded'])}", flush=True)
-        _forget(parts)
+    try:
+        fitting, latents = _run(plan, parts, cap)
+        found["fitting"] = fitting
+        found["relative_l2"] = float((latents - still).norm() / still.norm())
+        found["slower"] = sum(s["seconds"] for s in fitting["steps"][1:]) / sum(
+            s["seconds"] for s in resident["steps"][1:]
+        )
+    except (torch.OutOfMemoryError, DoesNotFit) as error:
+        found["failed"] = " ".join(str(error).split())
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{name} in {cap / GIB:.2f} GiB: {found.get('failed') or _summary(found['fitting'])}", flush=True)
 
 
-def _plan(name: str, value: str) -> Plan:
-    id, width, height, num_frames = ROWS[name]
+def _plan(name: str, device: Device, settings: dict[str, str]) -> Plan:
+    row = ROWS[name]
     request = Request(
-        image=PHOTO, prompt="the rocket lifts off", model=id, width=width, height=height, num_frames=num_frames,
-        steps=STEPS, seed=1,
+        image=PHOTO, prompt="the rocket lifts off", model=row.model, width=row.width, height=row.height,
+        num_frames=row.num_frames, steps=STEPS, seed=1, guidance=None if row.guidance is None else (row.guidance,),
     )  # fmt: skip
-    return choose(request, CHECKPOINTS[id], Device.detect("cuda"), photo_size=(640, 427), settings={"offload": value})
+    return choose(request, CHECKPOINTS[row.model], device, photo_size=(640, 427), settings=settings)
 
 
-def _random(row: Checkpoint, plan: Plan) -> Parts:
+def _random(checkpoint: Checkpoint, plan: Plan) -> Parts:
     """On the card: that is where weights that stay are compared, and where random numbers are soon made."""
-    parts = random_parts(row, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id))
+    parts = random_parts(checkpoint, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id))
     generator = torch.Generator(plan.device.id).manual_seed(0)
     for part in parts.components.values():
         if isinstance(part, nn.Module):
             randomise(part, generator)
     return parts
-
-
-def _forget(parts: Parts) -> None:
-    """The last way of offloading; its slabs go with the next one's packing, its files at once."""
-    offload.remove(parts)
-    gc.collect()
 
 
 def _run(plan: Plan, parts: Parts, cap_bytes: int | None) -> tuple[dict[str, Any], torch.Tensor]:
@@ -153,25 +192,17 @@ def _run(plan: Plan, parts: Parts, cap_bytes: int | None) -> tuple[dict[str, Any
     pipeline = Pipeline(plan, parts, ledger, ladder=False)
     placement = offload.placed(parts)
     steps: list[dict[str, Any]] = []
-    moved = [0]
-
-    def on_step(step: Any) -> None:
-        now = placement.transfer.moved_bytes if placement else 0
-        steps.append({"expert": step.expert, "seconds": round(step.seconds, 4), "moved_bytes": now - moved[0]})
-        moved[0] = now
-
-    state: State = pipeline.encode()
-    moved[0] = placement.transfer.moved_bytes if placement else 0
-    gc.collect()
-    torch.cuda.empty_cache()
-    device = replace(plan.device, vram_limit_bytes=cap_bytes)
-    with device.capped() if cap_bytes else nullcontext():
-        pipeline.denoise(state, on_step=on_step)
-    frames = sum(1 for _ in pipeline.decode(state))
-    memory = psutil.Process().memory_info()
+    before = placement.transfer.moved_bytes if placement else 0
+    with replace(plan.device, vram_limit_bytes=cap_bytes).capped() if cap_bytes else nullcontext():
+        state: State = pipeline.encode()
+        pipeline.denoise(
+            state, on_step=lambda step: steps.append({"expert": step.expert, "seconds": round(step.seconds, 4)})
+        )
+        frames = sum(1 for _ in pipeline.decode(state))
     return {
-        "frames": frames, "steps": steps, "host_rss_bytes": memory.rss,
+        "frames": frames, "steps": steps, "host_rss_bytes": psutil.Process().memory_info().rss,
         "pinned_bytes": placement.transfer.pinned_bytes if placement else 0,
+        "moved_bytes": placement.transfer.moved_bytes - before if placement else 0,
         "phases": {
             phase.name: {
                 "seconds": round(phase.seconds, 3), "allocated_bytes": phase.peak_bytes,
@@ -182,40 +213,86 @@ def _run(plan: Plan, parts: Parts, cap_bytes: int | None) -> tuple[dict[str, Any
     }, state.latents.cpu()  # fmt: skip
 
 
-def _said(plan: Plan, row: Checkpoint) -> dict[str, Any]:
-    """The dry run's figures and the plan's, by phase."""
-    estimate = {phase.name: phase for phase in estimated(plan, row).estimate.phases}
-    return {
+def _said(plan: Plan) -> dict[str, Any]:
+    """The settings that differ from the reference's, and the figures by phase."""
+    checkpoint = CHECKPOINTS[plan.request.model]
+    usual = {s.type: s.value for s in choose(
+        Request(image=PHOTO, prompt="-", model=checkpoint.id, seed=1), checkpoint, plan.device, photo_size=(640, 427)
+    ).settings}  # fmt: skip
+    estimate = {phase.name: phase for phase in estimated(plan, checkpoint).estimate.phases}
+    phases = {
         trace.name: {
             "allocated_bytes": sum(trace.weights_bytes.values()) + trace.peak_bytes,
-            "reserved_bytes": estimate[trace.name].peak_vram_bytes,
-            "moved_bytes": trace.bytes["host_to_device"], "estimate": asdict(estimate[trace.name]),
-            **{name: getattr(trace, name) for name in FIGURES},
+            "reserved_bytes": estimate[trace.name].peak_vram_bytes, "host_bytes": estimate[trace.name].host_bytes,
+            "pinned_bytes": trace.pinned_bytes, "seconds": estimate[trace.name].seconds,
+            "held": dict(estimate[trace.name].held),
         }
-        for trace in traced(plan, row)
+        for trace in traced(plan, checkpoint)
     }  # fmt: skip
+    return {"settings": {s.type: s.value for s in plan.settings if s.value != usual[s.type]}, "phases": phases}
 
 
-def _denoising_gib(said: dict[str, Any]) -> float:
-    most: int = max(phase["reserved_bytes"] for name, phase in said.items() if name.startswith("denoise"))
-    return most / GIB
+def _table(flags: argparse.Namespace) -> None:
+    found = [json.loads((flags.folder / f"{name}.json").read_text()) for name in flags.only]
+    flags.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    head = [
+        "work",
+        "settings",
+        "cap GiB",
+        "phase",
+        "allocated",
+        "said",
+        "reserved",
+        "said",
+        "s resident",
+        "s",
+        "pinned",
+    ]
+    lines, points = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
+    for each in found:
+        settings = " ".join(f"{kind}={value}" for kind, value in each["said"]["settings"].items())
+        if "failed" in each:
+            lines.append(
+                f"| {each['row']} | {settings} | {each['cap_bytes'] / GIB:.2f} | {each['failed']} |" + " |" * 7
+            )
+            continue
+        for name, phase in each["fitting"]["phases"].items():
+            said = each["said"]["phases"][name]
+            cells = [f"{phase[what] / GIB:.2f} | {said[what] / phase[what] - 1:+.1%}" for what in BYTES]
+            points += [(phase[what] / GIB, said[what] / GIB, what) for what in BYTES]
+            lines.append(
+                f"| {each['row']} | {settings} | {each['cap_bytes'] / GIB:.2f} | {name} | {' | '.join(cells)} "
+                f"| {each['resident']['phases'][name]['seconds']:.2f} | {phase['seconds']:.2f} "
+                f"| {each['fitting']['pinned_bytes'] / GIB:.1f} |"
+            )
+        lines.append(
+            f"| {each['row']} | steps: {each['slower'] - 1:+.1%}, relative L2 {each['relative_l2']:.2g} |" + " |" * 9
+        )
+    flags.out.with_suffix(".md").write_text(
+        f"# In the goals' memory\n\n{found[0]['device']}\n\n" + "\n".join(lines) + "\n"
+    )
+    _draw(points, flags.out.with_suffix(".png"))
 
 
-def _ratios(resident: dict[str, Any], offloaded: dict[str, Any]) -> list[float]:
-    """Step by step, offloaded over resident seconds."""
-    pairs = zip(offloaded["steps"], resident["steps"], strict=True)
-    return [round(ours["seconds"] / theirs["seconds"], 4) for ours, theirs in pairs]
+BYTES = ("allocated_bytes", "reserved_bytes")
 
 
-def _errors(said: dict[str, Any], measured: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Predicted over measured, less 1."""
-    return {
-        name: {
-            what: round(phase[what] / measured["phases"][name][what] - 1, 4)
-            for what in ("allocated_bytes", "reserved_bytes")
-        }
-        for name, phase in said.items()
-    }
+def _draw(points: list[tuple[float, float, str]], file: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+    for what, mark in zip(BYTES, "ox", strict=True):
+        seen = [(measured, said) for measured, said, of in points if of == what]
+        axes.scatter(*zip(*seen, strict=True), marker=mark, label=what.removesuffix("_bytes"))
+    most = max(max(point[:2]) for point in points) * 1.05
+    axes.plot([0, most], [0, most], color="grey", linewidth=0.8)
+    axes.set(xlabel="measured, GiB", ylabel="said before, GiB", xlim=(0, most), ylim=(0, most))
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def _told(said: dict[str, Any]) -> str:
+    peaks = "  ".join(f"{name} {phase['reserved_bytes'] / GIB:.2f}" for name, phase in said["phases"].items())
+    settings = " ".join(f"{kind}={value}" for kind, value in said["settings"].items())
+    return f"{'fits' if said['feasible'] else 'does not fit'} {said['goal_bytes'] / GIB:g} GiB with {settings}: {peaks}"
 
 
 def _summary(result: dict[str, Any]) -> str:
