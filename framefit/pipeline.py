@@ -29,10 +29,10 @@ from framefit.families.files import check_headers
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors, load_parts
 from framefit.ledger import Ledger
 from framefit.ledger.shortage import Shortage
-from framefit.passes import apply_all, change, offload, quantize
+from framefit.passes import apply_all, change, chunk, offload, quantize
 from framefit.passes.guidance import guided
 from framefit.passes.window import Estimate, correlated, fused
-from framefit.plan import Offload, Plan, Quantize
+from framefit.plan import Chunk, Offload, Plan, Quantize
 from framefit.planning.descent import Descent
 from framefit.report import Rung
 from framefit.schedule import Schedule
@@ -109,8 +109,11 @@ def _arrived(plan: Plan, parts: Parts, name: str) -> None:
     if name in parts.checkpoint.experts:
         lora.merge_one(parts, name, plan.request.loras)
     for setting in plan.settings:
+        alone = Parts(parts.checkpoint, {name: parts[name]}, parts.device)
         if isinstance(setting, Quantize):
-            quantize.apply(Parts(parts.checkpoint, {name: parts[name]}, parts.device), setting)
+            quantize.apply(alone, setting)
+        if isinstance(setting, Chunk):  # it says what is asked for at once, and so what lies together in a file
+            chunk.apply(alone, setting)
         if isinstance(setting, Offload):
             offload.keep(parts, name, setting)
 
@@ -387,11 +390,12 @@ class Pipeline:
         return frame
 
     def _frames(self, state: State, cancelled: Callable[[], bool]) -> Iterator[Frame]:
-        state.move(self.parts.device)
-        latents = self._family.settle(state.latents, state.conditioning)
-        for chunk in self._timed(self._family.decode(self.parts, latents)):
+        with self.ledger.phase("decode"):
+            state.move(self.parts.device)
+            latents = self._family.settle(state.latents, state.conditioning)
+        for frames in self._timed(self._family.decode(self.parts, latents)):
             _stop_if(cancelled)
-            yield from chunk.numpy()
+            yield from frames.numpy()
 
     def _timed(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Each chunk, with the work behind it booked as decoding."""

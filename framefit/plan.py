@@ -325,7 +325,7 @@ class Plan:
 
     def excess_bytes(self, phase: PhaseEstimate) -> int:
         """What a phase needs beyond what there is: of the card, of RAM for weights that are kept there, of the disk."""
-        disk = phase.disk_bytes - self.device.disk_free_bytes
+        disk = 0 if self.device.origin == "named" else phase.disk_bytes - self.device.disk_free_bytes
         if self.device.id == "cpu":
             return max(phase.host_bytes - self.estimate.free_bytes, disk)
         over = phase.peak_vram_bytes - self.estimate.free_bytes
@@ -341,8 +341,9 @@ class Plan:
 
     @property
     def disk_fits(self) -> bool:
-        """Whether there is room for the temporary files."""
-        return max((phase.disk_bytes for phase in self.estimate.phases), default=0) <= self.device.disk_free_bytes
+        """Whether there is room for the temporary files; of a machine that is not here it is not known, and not asked."""
+        needs = max((phase.disk_bytes for phase in self.estimate.phases), default=0)
+        return self.device.origin == "named" or needs <= self.device.disk_free_bytes
 
     def setting(self, kind: type[S]) -> S:
         return next(s for s in self.settings if isinstance(s, kind))
@@ -399,5 +400,7 @@ class Plan:
             return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
         except OSError as error:
             raise BadInput(f"{file} cannot be read ({error.strerror}): give a file of framefit plan --json.") from None
-        except (UsageError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{file} holds no plan ({error!r:.120}): framefit plan --json writes one.") from None
+        except UsageError as error:
+            raise BadInput(f"{file} holds a plan that this framefit does not know ({error}).") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BadInput(f"{file} holds no plan: give a file of framefit plan --json.") from None

@@ -74,15 +74,15 @@ class Again:
         first = self.pipeline
         plan = withdrawn(first.plan, self.checkpoint, free, f"withdrawn, as the video was not sound ({told})")
         fixed = frozenset(setting.type for setting in free)
-        if all(decoding(setting) for setting in free) and plan.offload != "disk":
+        if all(decoding(setting) for setting in free):
             first.rearrange(plan, fixed)
             findings = self.write(first, first.video(state))
         else:
             first.unload()
             rungs = tuple(rung for rung in first.rungs if rung.setting not in fixed)
             second = load(plan, self.checkpoint, first.ledger, rungs=rungs, fixed=fixed)
+            self.pipeline = second  # whatever comes, it is the one to close
             findings = self.write(second, self.run(second))
-            self.pipeline = second
         if findings:
             first.ledger.note(f"without {_named(free)} the video may not be sound either ({'; '.join(findings)}).")
         return findings

@@ -22,6 +22,7 @@ from framefit.ledger.shortage import Shortage
 from framefit.pipeline import Pipeline, Step, load
 from framefit.plan import QUALITIES, Estimate, Plan, Tier
 from framefit.planning import changes, check_fits, estimated
+from framefit.planning.choose import untouched
 from framefit.planning.ladder import exhausted
 from framefit.planning.length import beyond_trained
 from framefit.report import PhaseReport, Report
@@ -98,8 +99,7 @@ def _unfitted(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
 def _fitted(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
     """On the CPU a run begins at once where nothing says otherwise: there the weights are all that is looked at."""
     if plan.device.id == "cpu" or not options.fit:
-        as_they_are = plan.offload == "none" and plan.quantize == "none"
-        return plan if as_they_are else planning.estimated(plan, checkpoint)
+        return planning.estimated(plan, checkpoint) if _weights_change(plan) else plan
     return planning.fitted(plan, checkpoint, tier=QUALITIES[options.quality])
 
 
@@ -130,9 +130,17 @@ def replay(plan: Plan, output: Path, options: Options) -> Report:
         plan.device.check_here()
     _check_photos(plan)
     _check_loras(plan)
-    device = _device_to_resume_on(plan, options)
+    device, checkpoint = _device_to_resume_on(plan, options), find(plan.request.model)
     estimate = Estimate(weights_bytes=plan.estimate.weights_bytes, free_bytes=device.budget_bytes)
-    return _made(find(plan.request.model), replace(plan, device=device, estimate=estimate), output, options)
+    known = {setting.type for setting in plan.settings}
+    newer = (setting for setting in untouched(checkpoint) if setting.type not in known)
+    plan = replace(plan, device=device, estimate=estimate, settings=(*plan.settings, *newer))
+    return _made(checkpoint, plan, output, options)
+
+
+def _weights_change(plan: Plan) -> bool:
+    """Whether their bytes say nothing of what a run on the CPU takes: some lie in files, or are smaller."""
+    return plan.offload != "none" or plan.quantize != "none"
 
 
 def _made(checkpoint: Checkpoint, plan: Plan, output: Path, options: Options) -> Report:
@@ -200,7 +208,7 @@ def check_runs(plan: Plan, checkpoint: Checkpoint, tier: Tier = "exact") -> Plan
         DoesNotFit: the plan is not feasible; it says what would be, of a tier up to `tier`.
     """
     plan.device.check_here()
-    if plan.device.id != "cpu" and not plan.estimate.phases:
+    if not plan.estimate.phases and (plan.device.id != "cpu" or _weights_change(plan)):
         plan = estimated(plan, checkpoint)
     if not plan.feasible and plan.estimate.phases:
         check_fits(plan, changes(plan, checkpoint, tier=tier))

@@ -25,6 +25,11 @@ from framefit.testing import save_tiny
 torch.set_num_threads(1)  # tiny models: a second thread waits more than it works
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: with several workers it would be alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_resume.py")
+
+
 def pytest_collection_finish() -> None:
     """What is imported is there for good: the garbage collector need not look through it again and again."""
     gc.collect()

@@ -16,8 +16,8 @@ __all__ = ["ORDER", "apply_all", "change"]
 ORDER: tuple[tuple[type[Setting], Any], ...] = (
     (Quantize, quantize),  # first: what others rearrange or pack is what is kept
     (Chunk, chunk),  # before what wraps modules: it restates how they call what is in them
-    (Decode, decode),  # likewise, of the VAE
-    (Offload, offload),  # after all that touch modules: it packs the weights as they leave them
+    (Offload, offload),  # after all that say what weights there are, and what asks for them: it packs these
+    (Decode, decode),  # after it: VAEs come as a whole, and a change of how they divide a video packs nothing anew
     (Guidance, guidance),  # after it: it touches none, so that a change of it packs nothing anew
     (Window, window),  # the same: which frames a call is about
 )

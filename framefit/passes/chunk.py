@@ -33,10 +33,14 @@ DENOISERS = {
 
 
 def apply(parts: Parts, setting: Chunk) -> None:
-    """Raises `UsageError` for a denoiser that nothing is known of."""
+    """What computes in chunks already is left as it is.
+
+    Raises:
+        UsageError: a denoiser that nothing is known of.
+    """
     if setting.value == "none":
         return
-    for expert in parts.checkpoint.experts:
+    for expert in (name for name in parts.checkpoint.experts if name in parts):
         model = parts[expert]
         if (name := DENOISERS.get(type(model).__name__)) is None:
             raise UsageError(
@@ -46,6 +50,8 @@ def apply(parts: Parts, setting: Chunk) -> None:
         known = import_module(f"framefit.passes.{name}")
         elements = setting.rows * known.width(model) if setting.rows else ELEMENTS
         for module, hook in known.hooks(model):
+            if chunked(module):
+                continue
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook(elements), HOOK)
 
 

@@ -102,8 +102,10 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
     given = "free" if plan.device.vram_limit_bytes is None else "by --vram"
     on_card = plan.device.id != "cpu"
     streamed = "--set offload=block (weights in RAM), " if on_card and plan.offload == "none" else ""
+    if not on_card and plan.offload != "disk":
+        streamed = "--set offload=disk (weights in files), "
     weights_fit = plan.estimate.weights_bytes <= plan.estimate.free_bytes
-    fewer = "a smaller --size, fewer --frames, " if weights_fit or plan.offload != "none" else ""
+    fewer = "a smaller --size, fewer --frames, " if weights_fit or (on_card and plan.offload != "none") else ""
     raise DoesNotFit(
         f"{plan.request.model} needs {need / 2**30:.1f} GiB {what} in {plan.precision} and {plan.device.name} has "
         f"{plan.estimate.free_bytes / 2**30:.1f} GiB {given}: {fits_with}{'' if ways else streamed + fewer}a smaller "

@@ -122,9 +122,11 @@ class _Search:
         return min(options, key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost))
 
     def before(self, option: Option, setting: Setting) -> Plan:
-        """As `option`, with the value of one type that comes before its own; of offload, the level before."""
+        """As `option`, with the value of one type that comes before its own; of offload, the level before, or for none
+        the one that the search began with."""
         if isinstance(setting, Offload):
-            level = {"part": "none", "block": "part", "leaf": "block", "disk": "block"}[setting.level]
+            begun = self.plan.offload
+            level = {"none": begun, "part": "none", "block": "part", "leaf": "block", "disk": "block"}[setting.level]
             return next(o.plan for o in self.options(option.rungs) if o.plan.offload == level)
         rungs = tuple(
             rung - (each.kind.type == setting.type) for (each, _), rung in zip(self.ladders, option.rungs, strict=True)

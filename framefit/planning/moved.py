@@ -72,7 +72,7 @@ def _split(pieces: Pieces, level: str, kept: int) -> _Split:
     stay = spread(kept, len(units))
     stream = [size for i, size in enumerate(units) if i not in stay]
     whole = pieces.bytes - pieces.tables_bytes - sum(stream)
-    return _Split(whole, min(ROOMS, len(stream)) * max(stream, default=0), sum(stream) / sum(units))
+    return _Split(whole, min(ROOMS, len(stream)) * max(stream, default=0), sum(stream) / max(1, sum(units)))
 
 
 def _largest(pieces: Pieces, level: str) -> int:
