@@ -341,7 +341,7 @@ class Plan:
 
     @property
     def disk_fits(self) -> bool:
-        """Whether there is room for the temporary files; of a machine that is not here it is not known, and not asked."""
+        """Whether there is room for the temporary files; of a machine that is not here nothing is asked."""
         needs = max((phase.disk_bytes for phase in self.estimate.phases), default=0)
         return self.device.origin == "named" or needs <= self.device.disk_free_bytes
 
