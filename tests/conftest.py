@@ -25,9 +25,12 @@ from framefit.testing import save_tiny
 torch.set_num_threads(1)  # tiny models: a second thread waits more than it works
 
 
+LONGEST = {f"test_{name}.py" for name in ("resume", "bundled", "tune", "choose", "bench", "cli", "disk", "decode")}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: with several workers it would be alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_resume.py")
+    """The longest files first: with several workers one of them would be alone at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
