@@ -63,7 +63,7 @@ def chunked(module: nn.Module) -> bool:
 
 def remove(parts: Parts) -> None:
     """As if this pass had never been applied."""
-    for expert in parts.checkpoint.experts:
+    for expert in (name for name in parts.checkpoint.experts if name in parts):
         for module in parts[expert].modules():
             if chunked(module):
                 module._diffusers_hook.remove_hook(HOOK, recurse=False)

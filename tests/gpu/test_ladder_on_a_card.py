@@ -115,8 +115,9 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("values", [["part"], ["part", "block"]], ids=["one rung", "two rungs"])
 def test_denoising_goes_on_from_the_same_step(values: list[str], row: Checkpoint, photo: Path) -> None:
-    """The cap comes down after the second step: by half an expert, or by one and a half."""
-    plan, parts = planned(row, photo), made(row)
+    """The cap comes down after the second step: by half an expert, or by one and a half. Chunks, a rung above, are
+    asked for."""
+    plan, parts = planned(row, photo, {"chunk": "rows"}), made(row)
     apply_all(parts, plan)
     expected = begun(row)
     most = peak_of(lambda: Pipeline(plan, parts).denoise(expected))
@@ -145,7 +146,8 @@ def test_denoising_goes_on_from_the_same_step(values: list[str], row: Checkpoint
 
 
 def test_decoding_begins_again_with_the_vae_alone(row: Checkpoint, photo: Path) -> None:
-    plan, parts = planned(row, photo), made(row)
+    """What decodes in less, a rung above, is asked for."""
+    plan, parts = planned(row, photo, {"decode": "tile:128"}), made(row)
     apply_all(parts, plan)
     frames: list[np.ndarray] = []
     state = begun(row)

@@ -170,6 +170,7 @@ def test_memory_time_and_bits_of_a_medium_model(value: str, medium: Checkpoint, 
         assert offloaded_s < (1.3 if value == "leaf" else 1.15) * resident_s
 
     work.parts.use()
+    work.pipeline.close()
     transfer = placement.transfer
     del work, placement, phase, said
     resident.clear()
