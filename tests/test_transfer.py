@@ -234,9 +234,9 @@ def test_weights_from_files_are_there_when_they_are_needed(
     moving = DiskTransfer(CardTransfer(CPU), tmp_path)
     assert run("block", kept, moving)
     assert len(runtime.pinned) == streaming.PIECES, "these, and nothing else"
+    assert moving.pinned_bytes == sum(runtime.pinned.values())
     moving.close()
-    del moving
-    gc.collect()
+    assert moving.pinned_bytes == 0
     assert not runtime.pinned
 
 

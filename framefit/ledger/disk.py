@@ -73,6 +73,10 @@ class DiskTransfer(Transfer):
         self._filling: list[Future[None]] = []
         self._stop = threading.Event()
 
+    @property
+    def pinned_bytes(self) -> int:
+        return self._way.pinned_bytes
+
     def keep(self, tensors: Sequence[torch.Tensor]) -> None:
         """Pack them now, for a `slab` later on, so that they are not in memory until then."""
         slab = self.slab(tensors)
@@ -110,7 +114,6 @@ class DiskTransfer(Transfer):
             size = staging_bytes(self._largest) // PIECES
             self._pieces = [self._way.piece(size) for _ in range(PIECES)]
             self._ring = cycle(self._pieces)
-            self.pinned_bytes = self._way.pinned_bytes
         if room.filling:
             room.filling.cancel()  # nobody waits for that any more
         self._filling = [future for future in self._filling if not future.done()]

@@ -118,7 +118,11 @@ class Transfer:
         self.device = device
         self.moved_bytes = 0
         """To the device, in all."""
-        self.pinned_bytes = 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of host memory, at present."""
+        return 0
 
     def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
         slab = Slab(tensors)
@@ -188,6 +192,11 @@ class CardTransfer(Transfer):
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        self._pinned_bytes = 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._pinned_bytes
 
     def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
         """Raises `DoesNotFit` where the host has no memory to pin."""
@@ -247,13 +256,13 @@ class CardTransfer(Transfer):
                 f"{pinned / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
                 f"offload=disk or offload=none."
             )
-        self.pinned_bytes += pinned
+        self._pinned_bytes += pinned
         weakref.finalize(owner, self._unpin, address, pinned).atexit = False  # a process that ends has nothing to unpin
 
     def _unpin(self, address: int, bytes: int) -> None:
         self._stream.synchronize()
         self._runtime.cudaHostUnregister(address)
-        self.pinned_bytes -= bytes
+        self._pinned_bytes -= bytes
 
 
 class NoTransfer(Transfer):
