@@ -1,13 +1,14 @@
-"""Every model of the memory goals at true size in the goal's memory: what was said, what was measured, what it costs.
+"""Every model of the memory goals at true size, in the goal's memory and as other plans: what was said, what it takes.
 
     python benchmarks/fit.py predict --out benchmarks/fit_predicted_DATE         no card; filed before anything is run
     python benchmarks/fit.py run benchmarks/fit_predicted_DATE.json --out FOLDER [--only ROW ...]
     python benchmarks/fit.py table FOLDER --out benchmarks/fit_h200_DATE
 
-Each row runs in a process of its own: random weights on the card, a run with the reference's settings, then the
-settings that `predict` derived for the goal, and the whole run again, encoding and decoding too, under a cap on what
-torch's allocator reserves: the goal, or where nothing fits it what was said and MARGIN more. Two steps on each side of
-the swap of experts. Weights are random, so that the video means nothing; seconds and bytes do not depend on them.
+Each row runs in a process of its own: random weights on the card, once to warm up, then whole runs, encoding and
+decoding too, one plan after the other. "goal" is what `predict` derived for the goal's memory: it runs under a cap on
+what torch's allocator reserves, the goal, or where nothing fits it what was said and MARGIN more, with two steps or
+more on each side of the swap of experts. The others are there to hold the predictions to. Weights are random, so that
+the video means nothing; seconds and bytes do not depend on them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -50,7 +52,12 @@ RAM_BYTES = 110 * GIB
 """Free for a run beside an H200."""
 STEPS = 5
 """Two before and three after Wan2.2-A14B's swap, at both sizes."""
+FEW = 2
+"""Of the plans that are only there to be compared, and of the warm-up: one on each side of the swap."""
 MARGIN = 1.02
+OTHERS = {"block": {"offload": "block"}, "rows": {"chunk": "rows", "offload": "leaf"}}
+"""Plans beside "resident", which is the reference's own, and "goal"."""
+BYTES, SECONDS = ("allocated_bytes", "reserved_bytes"), "seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,8 @@ class Row:
     """That may be reserved."""
     guidance: float | None = None
     """None: the model's own. 1: one branch, where the reference runs both apart anyway."""
+    others: bool = True
+    """Whether the other plans are measured, too."""
 
 
 ROWS = {
@@ -71,9 +80,9 @@ ROWS = {
     "i2vgen-xl-768-24": Row("i2vgen-xl", 768, 768, 24, 6),
     "i2vgen-xl-1024": Row("i2vgen-xl", 1024, 1024, 32, 8),
     "easyanimate-7b-384": Row("easyanimate-v5.1-7b-inp", 672, 384, 49, 4),
-    "easyanimate-7b-768": Row("easyanimate-v5.1-7b-inp", 1344, 768, 49, 8),
+    "easyanimate-7b-768": Row("easyanimate-v5.1-7b-inp", 1344, 768, 49, 8, others=False),
     "wan2.2-a14b-480p": Row("wan2.2-i2v-a14b", 832, 480, 81, 3.3, guidance=1.0),
-    "wan2.2-a14b-720p": Row("wan2.2-i2v-a14b", 1280, 720, 81, 5.5, guidance=1.0),
+    "wan2.2-a14b-720p": Row("wan2.2-i2v-a14b", 1280, 720, 81, 5.5, guidance=1.0, others=False),
     "wan2.2-ti2v-5b": Row("wan2.2-ti2v-5b", 1280, 704, 121, 5, guidance=1.0),
 }
 
@@ -95,28 +104,35 @@ def main() -> None:
 def _predict(flags: argparse.Namespace) -> None:
     found = []
     for name in flags.only:
-        goal = int(ROWS[name].goal_gib * GIB)
-        plan = _plan(name, Device.named(CARD, vram_bytes=goal, ram_bytes=RAM_BYTES), {})
-        plan = fitted(plan, CHECKPOINTS[ROWS[name].model])
-        found.append({"row": name, "goal_bytes": goal, "feasible": plan.feasible, **_said(plan)})
-        print(f"{name}: {_told(found[-1])}", flush=True)
+        row, goal = ROWS[name], int(ROWS[name].goal_gib * GIB)
+        whole = Device.named(CARD, ram_bytes=RAM_BYTES)
+        plan = fitted(_plan(name, replace(whole, vram_limit_bytes=goal), {}, STEPS), CHECKPOINTS[row.model])
+        said = {"resident": _said(_plan(name, whole, {}, STEPS))}
+        said["goal"] = {"goal_bytes": goal, "feasible": plan.feasible} | _said(plan)
+        if row.others:
+            said |= {key: _said(_plan(name, whole, settings, FEW)) for key, settings in OTHERS.items()}
+        found.append({"row": name, "plans": said})
+        for key, each in said.items():
+            print(f"{name} {key}: {_told(each)}", flush=True)
     flags.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = ["| work | goal GiB | settings | phase | allocated | reserved | pinned |", "|---" * 7 + "|"]
-    for each in found:
-        settings = " ".join(f"{kind}={value}" for kind, value in each["settings"].items())
-        for phase, said in each["phases"].items():
-            over = "" if said["reserved_bytes"] <= each["goal_bytes"] else " **over**"
-            lines.append(
-                f"| {each['row']} | {each['goal_bytes'] / GIB:g} | {settings} | {phase} "
-                f"| {said['allocated_bytes'] / GIB:.2f} | {said['reserved_bytes'] / GIB:.2f}{over} "
-                f"| {said['pinned_bytes'] / GIB:.1f} |"
-            )
+    head = ["work", "plan", "settings", "phase", "allocated GiB", "reserved", "seconds", "pinned"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for of in found:
+        for key, each in of["plans"].items():
+            most = each.get("goal_bytes", sys.maxsize)
+            for phase, said in each["phases"].items():
+                over = "" if said["reserved_bytes"] <= most else " **over**"
+                lines.append(
+                    f"| {of['row']} | {key} | {_settings(each)} | {phase} | {said['allocated_bytes'] / GIB:.2f} "
+                    f"| {said['reserved_bytes'] / GIB:.2f}{over} | {said['seconds']:.2f} "
+                    f"| {said['pinned_bytes'] / GIB:.1f} |"
+                )
     flags.out.with_suffix(".md").write_text("# Said before it is run\n\n" + "\n".join(lines) + "\n")
 
 
 def _run_all(flags: argparse.Namespace) -> None:
     flags.out.mkdir(parents=True, exist_ok=True)
-    said = {each["row"]: each for each in json.loads(flags.predicted.read_text())}
+    said = {each["row"]: each["plans"] for each in json.loads(flags.predicted.read_text())}
     for name in flags.only:
         if flags.here:
             _measure(name, said[name], flags.out / f"{name}.json")
@@ -125,46 +141,52 @@ def _run_all(flags: argparse.Namespace) -> None:
             subprocess.run([*command, "--only", name], check=False)
 
 
-def _measure(name: str, said: dict[str, Any], file: Path) -> None:
-    """One row, and its file."""
+def _measure(name: str, plans: dict[str, Any], file: Path) -> None:
+    """One row, plan after plan, and its file."""
     checkpoint, card = CHECKPOINTS[ROWS[name].model], Device.detect("cuda")
-    usual = _plan(name, card, {})
     began = time.perf_counter()
     expand_segments()
-    parts = apply_all(_random(checkpoint, usual), usual)
-    build_s = time.perf_counter() - began
-    resident, still = _run(usual, parts, None)
-    print(f"{name} resident: {_summary(resident)}", flush=True)
-    plan = _plan(name, card, said["settings"])
-    need = max(phase["reserved_bytes"] for phase in said["phases"].values())
-    cap = said["goal_bytes"] if said["feasible"] else int(MARGIN * need)
-    began = time.perf_counter()
-    change(parts, usual, plan)
-    gc.collect()
-    torch.cuda.empty_cache()
+    plan = _plan(name, card, {}, FEW)
+    parts = apply_all(_random(checkpoint, plan), plan)
     found: dict[str, Any] = {
-        "row": name, "device": f"{card.name}, torch {torch.__version__}", "precision": plan.precision, "said": said,
-        "cap_bytes": cap, "build_s": round(build_s, 1), "pack_s": round(time.perf_counter() - began, 1),
-        "resident": resident,
+        "row": name, "device": f"{card.name}, torch {torch.__version__}", "precision": plan.precision, "plans": {},
+        "build_s": round(time.perf_counter() - began, 1),
     }  # fmt: skip
-    try:
-        fitting, latents = _run(plan, parts, cap)
-        found["fitting"] = fitting
-        found["relative_l2"] = float((latents - still).norm() / still.norm())
-        found["slower"] = sum(s["seconds"] for s in fitting["steps"][1:]) / sum(
-            s["seconds"] for s in resident["steps"][1:]
-        )
-    except (torch.OutOfMemoryError, DoesNotFit) as error:
-        found["failed"] = " ".join(str(error).split())
-    file.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{name} in {cap / GIB:.2f} GiB: {found.get('failed') or _summary(found['fitting'])}", flush=True)
+    still = {FEW: _run(plan, parts, None)[1]}  # to warm up, too: kernels are loaded and chosen
+    for key, said in plans.items():
+        before, plan = plan, _plan(name, card, said["settings"], _steps(key))
+        began, rss = time.perf_counter(), psutil.Process().memory_info().rss
+        change(parts, before, plan)
+        gc.collect()
+        torch.cuda.empty_cache()
+        result: dict[str, Any] = {
+            "said": said,
+            "pack_s": round(time.perf_counter() - began, 1),
+            "rss_before_bytes": rss,
+        }
+        if key == "goal":
+            need = max(phase["reserved_bytes"] for phase in said["phases"].values())
+            result["cap_bytes"] = said["goal_bytes"] if said["feasible"] else int(MARGIN * need)
+        try:
+            measured, latents = _run(plan, parts, result.get("cap_bytes"))
+            reference = still.setdefault(plan.request.steps, latents)
+            result |= measured | {"relative_l2": float((latents - reference).norm() / reference.norm())}
+        except (torch.OutOfMemoryError, DoesNotFit) as error:
+            result["failed"] = " ".join(str(error).split())
+        found["plans"][key] = result
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{name} {key}, {_settings(said)}: {result.get('failed') or _summary(result)}", flush=True)
 
 
-def _plan(name: str, device: Device, settings: dict[str, str]) -> Plan:
+def _steps(key: str) -> int:
+    return STEPS if key in ("resident", "goal") else FEW
+
+
+def _plan(name: str, device: Device, settings: dict[str, str], steps: int) -> Plan:
     row = ROWS[name]
     request = Request(
         image=PHOTO, prompt="the rocket lifts off", model=row.model, width=row.width, height=row.height,
-        num_frames=row.num_frames, steps=STEPS, seed=1, guidance=None if row.guidance is None else (row.guidance,),
+        num_frames=row.num_frames, steps=steps, seed=1, guidance=None if row.guidance is None else (row.guidance,),
     )  # fmt: skip
     return choose(request, CHECKPOINTS[row.model], device, photo_size=(640, 427), settings=settings)
 
@@ -185,6 +207,8 @@ def _run(plan: Plan, parts: Parts, cap_bytes: int | None) -> tuple[dict[str, Any
 
     @contextmanager
     def around(name: str) -> Iterator[None]:
+        if name not in reserved:  # what an earlier phase left to the allocator is not this one's
+            torch.cuda.empty_cache()
         yield
         reserved[name] = max(reserved.get(name, 0), torch.cuda.max_memory_reserved())
 
@@ -233,66 +257,102 @@ def _said(plan: Plan) -> dict[str, Any]:
 
 
 def _table(flags: argparse.Namespace) -> None:
-    found = [json.loads((flags.folder / f"{name}.json").read_text()) for name in flags.only]
+    files = [flags.folder / f"{name}.json" for name in flags.only]
+    found = [json.loads(file.read_text()) for file in files if file.exists()]
     flags.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    head = [
-        "work",
-        "settings",
-        "cap GiB",
-        "phase",
-        "allocated",
-        "said",
-        "reserved",
-        "said",
-        "s resident",
-        "s",
-        "pinned",
-    ]
-    lines, points = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
+    lines = [f"# In the goals' memory\n\n{found[0]['device']}\n", *_goals(found)]
+    lines += ["\n## What was said, and what it took\n", *_errors(found), "", *_phases(found)]
+    flags.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    _draw(found, flags.out.with_suffix(".png"))
+
+
+def _goals(found: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for every row in its goal's memory."""
+    head = ["work", "goal GiB", "cap", "reserved", "binding", "step resident s", "step s", "", "decode", "relative L2"]
+    yield f"| {' | '.join([*head, 'pinned GiB', 'settings'])} |"
+    yield "|---" * (len(head) + 2) + "|"
     for each in found:
-        settings = " ".join(f"{kind}={value}" for kind, value in each["said"]["settings"].items())
-        if "failed" in each:
-            lines.append(
-                f"| {each['row']} | {settings} | {each['cap_bytes'] / GIB:.2f} | {each['failed']} |" + " |" * 7
-            )
+        resident, goal = each["plans"]["resident"], each["plans"]["goal"]
+        said, cap = goal["said"], goal["cap_bytes"] / GIB
+        begin = f"| {each['row']} | {said['goal_bytes'] / GIB:g} | {cap:.2f} "
+        if "failed" in goal:
+            yield begin + f"| **{goal['failed'][:160]}** |" + " |" * (len(head) - 3) + f" {_settings(said)} |"
             continue
-        for name, phase in each["fitting"]["phases"].items():
-            said = each["said"]["phases"][name]
-            cells = [f"{phase[what] / GIB:.2f} | {said[what] / phase[what] - 1:+.1%}" for what in BYTES]
-            points += [(phase[what] / GIB, said[what] / GIB, what) for what in BYTES]
-            lines.append(
-                f"| {each['row']} | {settings} | {each['cap_bytes'] / GIB:.2f} | {name} | {' | '.join(cells)} "
-                f"| {each['resident']['phases'][name]['seconds']:.2f} | {phase['seconds']:.2f} "
-                f"| {each['fitting']['pinned_bytes'] / GIB:.1f} |"
-            )
-        lines.append(
-            f"| {each['row']} | steps: {each['slower'] - 1:+.1%}, relative L2 {each['relative_l2']:.2g} |" + " |" * 9
+        binding, phase = max(goal["phases"].items(), key=lambda phase: phase[1]["reserved_bytes"])
+        was, now = (fmean(step["seconds"] for step in of["steps"][1:]) for of in (resident, goal))
+        decode = goal["phases"]["decode"]["seconds"] / resident["phases"]["decode"]["seconds"]
+        yield begin + (
+            f"| {phase['reserved_bytes'] / GIB:.2f} | {binding} | {was:.3f} | {now:.3f} | {now / was - 1:+.1%} "
+            f"| {decode:.2f}x | {goal['relative_l2']:.2g} | {goal['pinned_bytes'] / GIB:.1f} | {_settings(said)} |"
         )
-    flags.out.with_suffix(".md").write_text(
-        f"# In the goals' memory\n\n{found[0]['device']}\n\n" + "\n".join(lines) + "\n"
-    )
-    _draw(points, flags.out.with_suffix(".png"))
 
 
-BYTES = ("allocated_bytes", "reserved_bytes")
+def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Of all phases of all runs: how far what was said was off."""
+    runs = [plan for each in found for plan in each["plans"].values()]
+    yield f"{len(runs)} runs, {sum('failed' in run for run in runs)} of them out of memory.\n"
+    yield "| | phases | within 5 % | within 15 % | over 2 % too little | mean of the error's size | worst |"
+    yield "|---" * 7 + "|"
+    for what in (*BYTES, SECONDS):
+        off = [said / measured - 1 for measured, said in _points(found, what)]
+        near = [sum(abs(each) <= bound for each in off) for bound in (0.05, 0.15)]
+        yield (
+            f"| {what} | {len(off)} | {near[0]} | {near[1]} | {sum(each < -0.02 for each in off)} "
+            f"| {fmean(map(abs, off)):.1%} | {max(off, key=abs):+.1%} |"
+        )
 
 
-def _draw(points: list[tuple[float, float, str]], file: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-    for what, mark in zip(BYTES, "ox", strict=True):
-        seen = [(measured, said) for measured, said, of in points if of == what]
-        axes.scatter(*zip(*seen, strict=True), marker=mark, label=what.removesuffix("_bytes"))
-    most = max(max(point[:2]) for point in points) * 1.05
-    axes.plot([0, most], [0, most], color="grey", linewidth=0.8)
-    axes.set(xlabel="measured, GiB", ylabel="said before, GiB", xlim=(0, most), ylim=(0, most))
-    axes.legend()
+def _phases(found: list[dict[str, Any]]) -> Iterator[str]:
+    head = ["work", "plan", "phase", "allocated GiB", "said", "reserved GiB", "said", "s", "said", "pinned GiB", "said"]
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for each in found:
+        for key, plan in each["plans"].items():
+            for name, phase in plan.get("phases", {}).items():
+                said = plan["said"]["phases"][name]
+                cells = [f"{phase[what] / GIB:.2f} | {said[what] / phase[what] - 1:+.1%}" for what in BYTES]
+                yield (
+                    f"| {each['row']} | {key} | {name} | {' | '.join(cells)} | {phase[SECONDS]:.2f} "
+                    f"| {said[SECONDS] / phase[SECONDS] - 1:+.0%} | {plan['pinned_bytes'] / GIB:.1f} "
+                    f"| {said['pinned_bytes'] / GIB:.1f} |"
+                )
+
+
+def _points(found: list[dict[str, Any]], what: str) -> list[tuple[float, float]]:
+    """(measured, said) of every phase."""
+    return [
+        (phase[what], plan["said"]["phases"][name][what])
+        for each in found for plan in each["plans"].values() for name, phase in plan.get("phases", {}).items()
+    ]  # fmt: skip
+
+
+def _draw(found: list[dict[str, Any]], file: Path) -> None:
+    figure, (left, right) = plt.subplots(ncols=2, figsize=(11, 5.5), layout="constrained")
+    for axes, kinds, of, unit in ((left, BYTES, GIB, "GiB"), (right, (SECONDS,), 1, "s")):
+        for what, mark in zip(kinds, "ox", strict=False):
+            measured, said = zip(*_points(found, what), strict=True)
+            axes.scatter(
+                [x / of for x in measured], [y / of for y in said], marker=mark, label=what.removesuffix("_bytes")
+            )
+        ends = [min(*axes.get_xlim(), *axes.get_ylim()), max(*axes.get_xlim(), *axes.get_ylim())]
+        ends[0] = max(ends[0], 0.03)
+        axes.plot(ends, ends, color="grey", linewidth=0.8)
+        axes.set(xlabel=f"measured, {unit}", ylabel=f"said before, {unit}", xscale="log", yscale="log")
+        axes.legend()
     figure.savefig(file, dpi=110)
 
 
 def _told(said: dict[str, Any]) -> str:
-    peaks = "  ".join(f"{name} {phase['reserved_bytes'] / GIB:.2f}" for name, phase in said["phases"].items())
-    settings = " ".join(f"{kind}={value}" for kind, value in said["settings"].items())
-    return f"{'fits' if said['feasible'] else 'does not fit'} {said['goal_bytes'] / GIB:g} GiB with {settings}: {peaks}"
+    peaks = "  ".join(
+        f"{name} {phase['reserved_bytes'] / GIB:.2f} GiB {phase['seconds']:.1f} s"
+        for name, phase in said["phases"].items()
+    )
+    fits = "" if "feasible" not in said else "fits, " if said["feasible"] else "does not fit, "
+    return f"{fits}{_settings(said)}: {peaks}"
+
+
+def _settings(said: dict[str, Any]) -> str:
+    return " ".join(f"{kind}={value}" for kind, value in said["settings"].items())
 
 
 def _summary(result: dict[str, Any]) -> str:
