@@ -324,26 +324,24 @@ class Plan:
         return self.excess_bytes(phase) <= 0
 
     def excess_bytes(self, phase: PhaseEstimate) -> int:
-        """What a phase needs beyond what there is: of the card, of RAM for weights that are kept there, of the disk."""
-        disk = 0 if self.device.origin == "named" else phase.disk_bytes - self.device.disk_free_bytes
-        if self.device.id == "cpu":
-            return max(phase.host_bytes - self.estimate.free_bytes, disk)
-        over = phase.peak_vram_bytes - self.estimate.free_bytes
-        if self.offload != "none":
-            over = max(over, phase.host_bytes - self.device.ram_free_bytes)
-        return max(over, disk)
+        """What a phase needs beyond what there is, where it is most."""
+        return max(self._excess(phase).values())
 
-    @property
-    def host_fits(self) -> bool:
-        """Whether the weights that are kept in RAM for a card fit there."""
-        needs = max((phase.host_bytes for phase in self.estimate.phases), default=0)
-        return self.device.id == "cpu" or self.offload == "none" or needs <= self.device.ram_free_bytes
+    def lacks(self, place: str) -> bool:
+        """Whether a phase needs more of the "device", the "host" or the "disk" than there is."""
+        return any(self._excess(phase).get(place, 0) > 0 for phase in self.estimate.phases)
 
-    @property
-    def disk_fits(self) -> bool:
-        """Whether there is room for the temporary files; of a machine that is not here nothing is asked."""
-        needs = max((phase.disk_bytes for phase in self.estimate.phases), default=0)
-        return self.device.origin == "named" or needs <= self.device.disk_free_bytes
+    def _excess(self, phase: PhaseEstimate) -> dict[str, int]:
+        """Of the card, or of RAM without one; of RAM for what is kept there for a card; of the disk for temporary
+        files, where the machine is this one."""
+        on_card = self.device.id != "cpu"
+        need = phase.peak_vram_bytes if on_card else phase.host_bytes
+        over = {"device": need - self.estimate.free_bytes}
+        if on_card and self.offload != "none":
+            over["host"] = phase.host_bytes - self.device.ram_free_bytes
+        if self.device.origin != "named":
+            over["disk"] = phase.disk_bytes - self.device.disk_free_bytes
+        return over
 
     def setting(self, kind: type[S]) -> S:
         return next(s for s in self.settings if isinstance(s, kind))

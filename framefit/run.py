@@ -210,9 +210,8 @@ def check_runs(plan: Plan, checkpoint: Checkpoint, tier: Tier = "exact") -> Plan
     plan.device.check_here()
     if not plan.estimate.phases and (plan.device.id != "cpu" or _weights_change(plan)):
         plan = estimated(plan, checkpoint)
-    if not plan.feasible and plan.estimate.phases:
-        check_fits(plan, changes(plan, checkpoint, tier=tier))
-    check_fits(plan)
+    dry = bool(plan.estimate.phases)
+    check_fits(plan, changes(plan, checkpoint, tier=tier) if dry and not plan.feasible else ())
     return plan
 
 

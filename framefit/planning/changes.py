@@ -66,7 +66,7 @@ def _all(plan: Plan, checkpoint: Checkpoint, tier: Tier) -> Iterator[Change]:
         return leanest(replace(plan, request=request), checkpoint, tier=tier)
 
     need = leanest(plan, checkpoint, tier=tier)
-    if not (need.host_fits and need.disk_fits):  # weights: no frame is too many
+    if need.lacks("host") or need.lacks("disk"):  # weights: no frame is too many
         return
     yield from _fewer_frames(plan, checkpoint, with_request)
     yield from _smaller(plan, checkpoint, with_request)

@@ -82,7 +82,7 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
     if plan.feasible:
         return
     fits_with = f"it fits with {'; or '.join(map(str, ways))}, or " if ways else "use "
-    if not plan.host_fits:
+    if plan.lacks("host"):
         need = max(phase.host_bytes for phase in plan.estimate.phases)
         less = "" if plan.offload == "disk" else "offload=disk, "
         raise DoesNotFit(
@@ -90,7 +90,7 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
             f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}{less}offload=none, or a smaller model "
             f"(framefit models ls); or free some."
         )
-    if not plan.disk_fits:
+    if plan.lacks("disk"):
         need = max(phase.disk_bytes for phase in plan.estimate.phases)
         raise DoesNotFit(
             f"{plan.request.model} with offload=disk writes {need / 2**30:.1f} GiB of weights below {state_folder()} "
