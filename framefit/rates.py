@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 from framefit.cards import CARDS, Card
 
 if TYPE_CHECKING:
     from framefit.device import Device
 
-__all__ = ["ATTAINED", "Rates", "Unseen", "Work", "cpu_name", "default_file", "filed", "of", "of_sheet", "save"]
+__all__ = [
+    "ATTAINED", "Quantity", "Rates", "Sort", "Unseen", "Work", "cpu_name", "default_file", "filed", "of", "of_sheet",
+    "save",
+]  # fmt: skip
 
 ATTAINED = {"matmul": 0.78, "attention": 0.58, "convolution": 0.78, "memory": 0.85, "pcie": 0.87}
 """Share of the data sheet that a card is taken to attain where nobody measured it.
@@ -28,6 +31,43 @@ Measured on one NVIDIA H200, torch 2.11: bf16 products 736 to 804 of 989 TFLOP/s
 cuDNN 556 to 587, copies from pinned memory 55 of 63 GB/s. Assumed: convolutions as products, memory. Cards that their
 power limit holds (T4, L4, A10) attain less; GeForce cards, whose clocks pass the boost clock of the sheet, more.
 """
+
+
+KINDS = ("attention", "matmul", "convolution")
+"""Whose amount is FLOPs; of all others it is elements."""
+
+BY_SIZE: Mapping[str, Mapping[int, float]] = {
+    "attention": {64: 0.75, 128: 1.0, 512: 0.18},
+    "matmul": {0: 1.08},
+    "convolution": {96: 0.34, 128: 0.93},
+    "scattered": {0: 175.0},
+    "row_norm": {64: 14.0, 1024: 220.0},
+    "group_norm": {32: 10.7, 264: 88.0},
+}
+"""Sort -> size -> its rate: a share of the best one of its kind, or elements for 1000 bytes that a copy moves.
+
+Implied by profiles of thirteen true-size works on one NVIDIA H200 (benchmarks/stock_h200_20261121.json), once bytes are
+put down to memory. For cards that were not probed, and for what a probe does not reach.
+"""
+
+LAUNCH_S = 8e-6
+"""Of one operator beside its work, where nobody measured. Of the same works: what the card stood idle."""
+
+
+class Sort(NamedTuple):
+    """Operators that one rate is for."""
+
+    name: str
+    """"attention", "matmul", "convolution"; "plain": memory alone; "scattered", "row_norm", "group_norm"."""
+    precision: str
+    """Empty where bytes tell it."""
+    size: int
+    """Attention: the width of a head; convolution: the fewer of its channels, in and out; row_norm: the row's length;
+    group_norm: how many groups there are at once; 0: none."""
+
+
+Quantity = Literal["calls", "amount", "bytes"]
+"""Of all operators of a sort: how many; FLOPs (of attention those of whole tiles), or elements; read and written."""
 
 
 class Work(Protocol):
@@ -107,6 +147,10 @@ class Rates:
     host_to_device_gb_per_s: float | None
     """From and to pinned memory; None on the CPU."""
     device_to_host_gb_per_s: float | None
+    by_size: Mapping[str, Mapping[str, Mapping[int, float]]] = field(default_factory=dict)
+    """Sort -> precision ("" where there is none) -> size -> 1e12 FLOPs or elements a second, beside its bytes."""
+    launch_s: float = LAUNCH_S
+    """Of one operator, however little it does."""
     origin: Literal["measured", "data sheet x share"] = "measured"
     unseen: Unseen | None = None
     """None on the CPU, and where only rates were measured; `of` fills that in."""
@@ -124,6 +168,45 @@ class Rates:
             return None
         return sum(n / rates[precision] / 1e12 for precision, n in flops.items())
 
+    def seconds_by_kind(self, work: Mapping[tuple[Sort, Quantity], int]) -> dict[str, float] | None:
+        """How long `work` takes; None where there is no rate for a part of it.
+
+        What is computed, what is moved and what is launched add up; launches are the kind "elementwise".
+        """
+        seconds = dict.fromkeys((*KINDS, "elementwise"), 0.0)
+        for (sort, quantity), count in work.items():
+            kind = sort.name if sort.name in KINDS else "elementwise"
+            if quantity == "calls":
+                seconds["elementwise"] += count * self.launch_s
+            elif quantity == "bytes":
+                seconds[kind] += count / self.memory_gb_per_s / 1e9
+            elif count:
+                rate = self.rate(sort)
+                if rate is None:
+                    return None
+                seconds[kind] += count / rate / 1e12
+        return seconds
+
+    def rate(self, sort: Sort) -> float | None:
+        """1e12 FLOPs or elements a second, beside bytes: on the line through the measured sizes, and from 0 to them."""
+        points = self.by_size.get(sort.name, {}).get(sort.precision) or self._assumed(sort)
+        if not points:
+            return None
+        sizes = sorted(points)
+        above = next((size for size in sizes if size >= sort.size), None)
+        if above is None:
+            return points[sizes[-1]]
+        below = max((size for size in sizes if size < sort.size), default=0)
+        share = (sort.size - below) / (above - below) if above != below else 1.0
+        return points.get(below, 0.0) * (1 - share) + points[above] * share
+
+    def _assumed(self, sort: Sort) -> dict[int, float]:
+        if sort.name in KINDS:
+            best = self.tflops.get(sort.name, {}).get(sort.precision, 0.0)
+        else:
+            best = self.memory_gb_per_s / 1e6
+        return {size: best * share for size, share in BY_SIZE[sort.name].items()} if best else {}
+
     def copy_seconds(self, way: str, bytes: int) -> float | None:
         """For `bytes` "host_to_device" or "device_to_host"."""
         rates = {"host_to_device": self.host_to_device_gb_per_s, "device_to_host": self.device_to_host_gb_per_s}
@@ -136,7 +219,11 @@ class Rates:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         unseen = data.get("unseen")
-        return cls(**(data | {"unseen": None if unseen is None else Unseen.from_json(unseen)}))
+        by_size = {
+            sort: {precision: {int(size): rate for size, rate in points.items()} for precision, points in by.items()}
+            for sort, by in data.get("by_size", {}).items()
+        }
+        return cls(**(data | {"by_size": by_size, "unseen": None if unseen is None else Unseen.from_json(unseen)}))
 
 
 def of(device: Device) -> Rates | None:

@@ -210,7 +210,7 @@ def _decode(job: Job, plan: Plan, parts: Parts, latents: torch.Tensor, condition
 
 def _first(call: Call, device: str) -> tuple[int, float]:
     """The operations of one call, counted while it warms up, and its seconds."""
-    tally = Tally()
+    tally = Tally(card=device != "cpu")
     seconds, _ = _timed(lambda: count(call, tally), device, lambda done: not done)
     return sum(sum(counts.flops.values()) for counts in tally.phases.values()), seconds[0]
 

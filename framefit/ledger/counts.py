@@ -6,10 +6,9 @@ that a fused kernel can seem to move more bytes a second than the memory gives: 
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +16,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from framefit.ledger.kinds import Kind, op_kind
+from framefit.ledger.operators import Share, occupied, precision_of, row_norm, shares, traffic
+from framefit.rates import Quantity, Sort
 
 __all__ = ["Counts", "Tally", "count"]
 
@@ -28,15 +28,13 @@ aten = torch.ops.aten
 
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
-
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
 }
 """Operator -> its FLOPs; torch 2.13 leaves the CPU's flash attention out."""
 
-FILLS = {"aten::copy_", "aten::fill_", "aten::zero_"}
-"""They write their first argument and do not read it."""
+NORMS = {torch.rms_norm, torch.nn.functional.rms_norm}
+"""One kernel on a card, made of others on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +45,32 @@ class Counts:
     """(kind, precision) -> FLOPs, as in ("matmul", "bf16")."""
     bytes: Counter[str] = field(default_factory=Counter)
     """"elementwise": read and written; "host_to_device", "device_to_host": moved."""
+    work: Counter[tuple[Sort, Quantity]] = field(default_factory=Counter)
+    """What seconds depend on: of every sort of operator its calls, amount and bytes."""
+
+    def copy(self) -> Counts:
+        return Counts(self.flops.copy(), self.bytes.copy(), self.work.copy())
+
+    def add(self, other: Counts) -> None:
+        self.flops.update(other.flops)
+        self.bytes.update(other.bytes)
+        self.work.update(other.work)
+
+    def since(self, before: Counts) -> Counts:
+        """What came after it was `before`."""
+        return Counts(self.flops - before.flops, self.bytes - before.bytes, self.work - before.work)
 
 
 class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs inside it, for the phase that is open."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, card: bool = False) -> None:
+        """
+        Args:
+            card: whether what runs stands for what a card runs, which has norms in one piece.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
+        self.card = card
         self.phases: dict[str, Counts] = {}
         self._open = [""]
         self.in_attention = 0
@@ -78,26 +95,39 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Book what no operator of the program moves: weights that come from outside."""
         self.counts.bytes[way] += self.times * bytes
 
+    def book(self, made_of: Iterable[Share]) -> None:
+        """An operator's work."""
+        work = self.counts.work
+        for i, (sort, amount, bytes) in enumerate(made_of):
+            work[sort, "calls"] += self.times * (i == 0)
+            work[sort, "amount"] += self.times * amount
+            work[sort, "bytes"] += self.times * bytes
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._overloadpacket not in FORMULAS and _composite(func):  # in inference mode they arrive whole
             with self:
                 return func._op_dk(COMPOSITE, *args, **kwargs)
         result = func(*args, **kwargs)
-        counts = self.counts
+        if not self.times:  # a part of what was booked as one
+            return result
+        counts, flops = self.counts, 0
         kind = "attention" if self.in_attention else op_kind(func._schema.name) or "elementwise"
         if formula := FORMULAS.get(func._overloadpacket):
-            counts.flops[kind, _precision(args)] += self.times * formula(*args, **kwargs, out_val=result)
+            flops = formula(*args, **kwargs, out_val=result)
+            counts.flops[kind, precision_of(args)] += self.times * flops
         elif (way := _direction(func, args, result)) is not None:
-            counts.bytes[way] += self.times * _bytes(args[1] if func._schema.name == "aten::copy_" else result)
+            counts.bytes[way] += self.times * occupied(args[1] if func._schema.name == "aten::copy_" else result)
+            return result
         elif kind == "elementwise":
-            counts.bytes[kind] += self.times * _traffic(func, args, kwargs, result)
+            counts.bytes[kind] += self.times * traffic(func, args, kwargs, result)
+        self.book(shares(func, args, kwargs, result, flops))
         return result
 
 
 def count(call: Callable[[], object], tally: Tally) -> None:
     """Run `call` once, eagerly, and book what it does on `tally`."""
-    with _eager(), _AttentionMarks(tally), tally:
+    with _eager(), _Marks(tally), tally:
         call()
 
 
@@ -106,20 +136,35 @@ def _eager() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-class _AttentionMarks(TorchFunctionMode):
-    """Attention that torch computes by its parts stays attention, as its operators do in a trace."""
+class _Marks(TorchFunctionMode):
+    """Attention that torch computes by its parts stays attention, as its operators do in a trace; norms stay whole."""
 
     def __init__(self, tally: Tally) -> None:
         super().__init__()
         self._tally = tally
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tally = self._tally
+        if tally.card and func in NORMS:
+            return self._whole(func, args, kwargs or {})
         inside = func is torch.nn.functional.scaled_dot_product_attention
-        self._tally.in_attention += inside
+        tally.in_attention += inside
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            self._tally.in_attention -= inside
+            tally.in_attention -= inside
+
+    def _whole(self, norm: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        tally, times = self._tally, self._tally.times
+        tally.times = 0
+        try:
+            result: torch.Tensor = norm(*args, **kwargs)
+        finally:
+            tally.times = times
+        x = args[0] if args else kwargs["input"]
+        tally.counts.bytes["elementwise"] += times * (x.nbytes + result.nbytes)
+        tally.book(row_norm(x, x.nbytes + result.nbytes))
+        return result
 
 
 def _composite(func: Any) -> bool:
@@ -127,11 +172,6 @@ def _composite(func: Any) -> bool:
     if func.namespace == "prim":  # a question about a fake tensor
         return False
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE))
-
-
-def _precision(args: Any) -> str:
-    first = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
-    return DTYPES.get(first.dtype, str(first.dtype).removeprefix("torch."))
 
 
 def _direction(func: Any, args: Any, result: Any) -> str | None:
@@ -142,29 +182,3 @@ def _direction(func: Any, args: Any, result: Any) -> str | None:
     source, target = (args[1], args[0]) if name == "aten::copy_" else (args[0], result)
     ends = source.device.type == "cpu", target.device.type == "cpu"
     return {(True, False): "host_to_device", (False, True): "device_to_host"}.get(ends)
-
-
-def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Bytes read and written once each; views and allocations move none."""
-    name = func._schema.name
-    written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-    if "empty" in name or not written:
-        return 0
-    read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    if not func._schema.is_mutable and any(_shares(written[0], tensor) for tensor in read):
-        return 0
-    return sum(map(_bytes, written)) + sum(map(_bytes, read[name in FILLS :]))
-
-
-def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
-    with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse tensors and the like have no storage
-        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
-    return False
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    """What it occupies: an expanded tensor is read from fewer bytes than it has elements for."""
-    size = tensor.numel() * tensor.element_size()
-    with contextlib.suppress(NotImplementedError, RuntimeError):
-        return min(size, tensor.untyped_storage().nbytes())
-    return size

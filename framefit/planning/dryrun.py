@@ -90,7 +90,7 @@ def followed(
     at_work: list[str] = []
     workspace = _cudnn if plan.device.id != "cpu" else lambda *_: 0
     live = Live(_tensors(parts), lambda: at_work[-1] if at_work else "", workspace)
-    tally = Tally()
+    tally = Tally(card=plan.device.id != "cpu")
     way = _Way(parts, plan, live, tally, known)
     moving = {module: sizes for each in cuts.values() for module, sizes in each.modules.items()}
     with ExitStack() as stack:
@@ -350,13 +350,12 @@ def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tall
     counts = tally.counts
     if last.times > 2:
         live.rose(last.rise)
-        counts.flops.update(last.counts.flops)
-        counts.bytes.update(last.counts.bytes)
+        counts.add(last.counts)
         return tree_map_only(torch.Tensor, lambda meta: torch.empty_like(meta, device="cpu"), last.result)
-    before = Counts(counts.flops.copy(), counts.bytes.copy())
+    before = counts.copy()
     with live.rise() as rise:
         result = forward(*args, **kwargs)
-    last.rise, last.counts = rise, Counts(counts.flops - before.flops, counts.bytes - before.bytes)
+    last.rise, last.counts = rise, counts.since(before)
     last.result = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), result)
     return result
 
@@ -371,5 +370,5 @@ def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace
     return PhaseTrace(
         name=name, weights_bytes=weights.device_bytes, host_bytes=weights.host_bytes, onload_bytes=weights.onload_bytes,
         pinned_bytes=weights.pinned_bytes, disk_bytes=weights.disk_bytes, peak_bytes=peak.bytes, held=dict(held),
-        flops=flops, bytes={way: counts.bytes[way] for way in ways},
+        flops=flops, bytes={way: counts.bytes[way] for way in ways}, work=dict(counts.work),
     )  # fmt: skip

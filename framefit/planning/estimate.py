@@ -28,7 +28,6 @@ from framefit.request import ResolvedRequest
 
 __all__ = ["check_fits", "estimated", "steps_of", "with_phases"]
 
-KINDS = ("attention", "matmul", "convolution", "elementwise")
 DISK_GB_PER_S = 2.0
 """That a disk gives, where files are not in the system's cache any more. Assumed: an SSD on four lanes of PCIe 3."""
 NAMED = 8
@@ -156,12 +155,9 @@ def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates
     """In the whole run: what comes when the phase begins, then all its steps."""
     if known is None:
         return None
-    work: dict[str, float] = {}
-    for kind in KINDS:
-        seconds = known.seconds(kind, trace)
-        if seconds is None and any(of == kind for of, _ in trace.flops):  # no rate for this precision
-            return None
-        work[kind] = seconds or 0.0
+    work = known.seconds_by_kind(trace.work)
+    if work is None:
+        return None
     times = steps_of(plan.request, checkpoint).get(trace.name.removeprefix("denoise:"), 1)
     step = _beside(work, trace.bytes["host_to_device"], plan.offload, known)
     begin = _copied(trace.onload_bytes, plan.offload, known)

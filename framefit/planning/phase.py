@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from framefit.rates import Quantity, Sort
+
 __all__ = ["Given", "PhaseTrace", "Pieces"]
 
 Given = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -50,20 +52,26 @@ class PhaseTrace:
     bytes: Mapping[str, int]
     """"elementwise": read and written; "host_to_device", "device_to_host": moved; "block", "leaf": what would move to
     the device if weights streamed like that."""
+    work: Mapping[tuple[Sort, Quantity], int] = field(default_factory=dict)
+    """What seconds depend on: of every sort of operator its calls, amount and bytes."""
     pieces: Mapping[str, Pieces] = field(default_factory=dict)
     """Of the components that the phase needs; empty where they were traced in another place than on the device."""
     gives: Given = field(default_factory=dict)
     """To later phases."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"flops": [[*key, n] for key, n in self.flops.items()]}
+        return asdict(self) | {
+            "flops": [[*key, n] for key, n in self.flops.items()],
+            "work": [[*sort, quantity, n] for (sort, quantity), n in self.work.items()],
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         flops = {(kind, precision): n for kind, precision, n in data["flops"]}
+        work = {(Sort(*sort), quantity): n for *sort, quantity, n in data["work"]}
         pieces = {
             name: Pieces(**each | {row: tuple(each[row]) for row in ("blocks", "layers")})
             for name, each in data["pieces"].items()
         }
         gives = {name: (of, tuple(shape)) for name, (of, shape) in data["gives"].items()}
-        return cls(**{**data, "flops": flops, "pieces": pieces, "gives": gives})
+        return cls(**{**data, "flops": flops, "work": work, "pieces": pieces, "gives": gives})

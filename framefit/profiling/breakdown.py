@@ -184,7 +184,7 @@ def breakdown(call: Callable[[], object], device: str, *, ceilings: Rates | None
                 torch.cuda.synchronize(device)
 
     trace = record(watched, device)
-    tally = Tally()
+    tally = Tally(card=device != "cpu")
     with tally.phase(CALL):
         count(call, tally)
     return summarise(

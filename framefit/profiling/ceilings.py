@@ -18,6 +18,7 @@ import torch
 from framefit import rates
 from framefit.device import Device
 from framefit.families.parts import PRECISIONS
+from framefit.profiling import sized
 from framefit.rates import Rates
 
 __all__ = ["measure"]
@@ -54,10 +55,11 @@ def _measure(device: str, name: str) -> Rates:
     if device != "cpu":
         tflops["matmul"] |= dict(_eight_bit(device))
     ways = {"to": None, "from": None} if device == "cpu" else dict(_host_copies(device))
-    return Rates(
+    best = Rates(
         device=name, torch=torch.__version__, tflops=tflops, memory_gb_per_s=_best(_memory_copy(device), device) * 1e3,
-        host_to_device_gb_per_s=ways["to"], device_to_host_gb_per_s=ways["from"],
+        host_to_device_gb_per_s=ways["to"], device_to_host_gb_per_s=ways["from"], launch_s=sized.launch_s(device),
     )  # fmt: skip
+    return sized.measured(best, device)
 
 
 def _rates(calls: Callable[[str, torch.dtype], Iterator[Probe]], device: str) -> Iterator[tuple[str, float]]:

@@ -145,7 +145,7 @@ def profile(pipeline: Pipeline, folder: Path, ceilings: Rates, *, steps: int = 2
     memory = _memory(plan, max(peaks.values()))
     with modules.named(pipeline.parts.components):
         trace = record(lambda: way.go(ledger(around=phase)), plan.device.id, memory=True)
-    tally = Tally()
+    tally = Tally(card=plan.device.id != "cpu")
     count(lambda: way.go(ledger(around=tally.phase)), tally)
     result = Profile(
         plan=plan, torch=torch.__version__, steps=steps, ceilings=ceilings, load_s=load_s, memory=memory,
@@ -250,6 +250,7 @@ def _per_call(counts: Counts, repeats: int) -> Counts:
     return Counts(
         Counter({key: n // repeats for key, n in counts.flops.items()}),
         Counter({key: n // repeats for key, n in counts.bytes.items()}),
+        Counter({key: n // repeats for key, n in counts.work.items()}),
     )
 
 
