@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from framefit.durations import duration
+
 if TYPE_CHECKING:
     from framefit.families import Checkpoint
     from framefit.plan import Plan
@@ -38,14 +40,14 @@ def rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[object, ...]]:
 
 def phases(plan: Plan) -> list[tuple[object, ...]]:
     estimate, on_card = plan.estimate, plan.device.id != "cpu"
-    rows: list[tuple[object, ...]] = [("phase", "seconds", "card GiB" if on_card else "", "host GiB", "most of it")]
+    rows: list[tuple[object, ...]] = [("phase", "time", "card GiB" if on_card else "", "host GiB", "most of it")]
     for phase in estimate.phases:
         mark = " *" if phase == estimate.binding else ""
-        seconds = "-" if phase.seconds is None else f"{phase.seconds:.3g}"
+        seconds = "-" if phase.seconds is None else duration(phase.seconds)
         card = f"{phase.peak_vram_bytes / 2**30:.2f}" if on_card else ""
         most = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in list(phase.held.items())[:2])
         rows.append((phase.name + mark, seconds, card, f"{phase.host_bytes / 2**30:.2f}", most))
-    total = "-" if estimate.seconds is None else f"{estimate.seconds:.3g}"
+    total = "-" if estimate.seconds is None else duration(estimate.seconds)
     return [
         *rows,
         ("after loading", total, f"{estimate.peak_bytes / 2**30:.2f}" if on_card else "", "", estimate.origin),

@@ -18,9 +18,10 @@ from framefit.device import Device
 from framefit.families import CHECKPOINTS, Checkpoint
 from framefit.plan import ASKED, Offload, Plan, Setting
 from framefit.planning import candidates, changes, choose, differences, dryrun, estimate, fit, fits, fitted, traces
-from framefit.planning.candidates import CANDIDATES, Candidates
+from framefit.planning.candidates import CANDIDATES, RUNG, Candidates
 from framefit.planning.moved import moved
 from framefit.planning.phase import PhaseTrace, Pieces
+from framefit.rates import Sort
 from framefit.request import Request
 from framefit.testing import tiny_row
 
@@ -76,6 +77,7 @@ def made_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     activations = {name: int(draw.uniform(1, 9) * GIB) for name in ("encode_text", "encode_image", "denoise", "decode")}
     flops = {name: int(draw.uniform(1, 50) * 1e12) for name in activations}
     shrink = {"apart": 0.5, "half": 0.7, "few": 0.4, "tiled": 0.3}
+    slower = {value: draw.uniform(RUNG, 1.2) for value in (*shrink, "frame", "int8")}
     asked: list[dict[str, str]] = []
 
     def resident(plan: Plan, checkpoint: Checkpoint, folder: Any = None) -> tuple[PhaseTrace, ...]:
@@ -85,10 +87,11 @@ def made_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
 
         def phase(name: str, part: str, units: tuple[int, ...]) -> PhaseTrace:
             stage = name.partition(":")[0]
-            size = activations[stage]
+            size, amount = activations[stage], flops[stage]
             for setting in plan.settings:
                 if setting.touches(name) and not isinstance(setting, Offload):
                     size = int(size * shrink.get(setting.value, 1))
+                    amount = int(amount * slower.get(setting.value, 1))
             units = tuple(unit // width for unit in units)
             whole = sum(units) + GIB // 4
             pieces = {part: Pieces(bytes=whole, tables_bytes=0, blocks=units, layers=tuple(u // 4 for u in units * 4))}
@@ -96,6 +99,7 @@ def made_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
             return PhaseTrace(
                 name=name, weights_bytes={}, peak_bytes=size, held={}, flops={("matmul", "bf16"): flops[stage]},
                 bytes={"elementwise": 0, "host_to_device": 0, "device_to_host": 0, **moves}, pieces=pieces,
+                work={(Sort("matmul", "bf16", 0), "amount"): amount},
             )  # fmt: skip
 
         found = (
@@ -211,7 +215,7 @@ def test_every_derived_setting_has_a_reason_with_numbers(monkeypatch: pytest.Mon
         for setting, stood in zip(plan.settings, usual.settings, strict=True):
             if plan.feasible and setting.value != stood.value:
                 derived += 1
-                assert "GiB" in setting.because or " s, and " in setting.because, setting
+                assert "GiB" in setting.because or ", and " in setting.because, setting
                 if setting.type == "offload" and "GiB" in setting.because:
                     assert f"{budget:.1f} GiB are there" in setting.because
     assert derived > 3

@@ -21,6 +21,7 @@ from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.planning import check_fits, choose, estimate, estimated
 from framefit.planning.traces import PhaseTrace
+from framefit.rates import Sort
 from framefit.request import Request
 
 GIB = 2**30
@@ -34,10 +35,15 @@ TRACES = (
         name="denoise:unet", weights_bytes={"unet": 3 * GIB, "vae": GIB}, peak_bytes=2 * GIB,
         held={"mul bfloat16[1] in unet": GIB}, flops={("matmul", "bf16"): 10**15, ("attention", "bf16"): 10**14},
         bytes=NONE | {"elementwise": 10**12},
+        work={
+            (Sort("matmul", "bf16", 0), "amount"): 10**15, (Sort("attention", "bf16", 64), "amount"): 10**14,
+            (Sort("plain", "", 0), "bytes"): 10**12, (Sort("plain", "", 0), "calls"): 1000,
+        },
     ),
     PhaseTrace(
         name="decode", weights_bytes={"unet": 3 * GIB, "vae": GIB}, peak_bytes=3 * GIB, held={},
         flops={("convolution", "bf16"): 10**13}, bytes=NONE,
+        work={(Sort("convolution", "bf16", 128), "amount"): 10**13},
     ),
 )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from framefit.durations import duration
 from framefit.plan import Offload, Plan, Setting
 
 __all__ = ["reasoned"]
@@ -30,7 +31,8 @@ def _because(setting: Setting, plan: Plan, other: Plan) -> str:
     value = next(s.value for s in other.settings if s.type == setting.type)
     if other.feasible or not plan.feasible:
         if plan.feasible and plan.estimate.seconds is not None and other.estimate.seconds is not None:
-            return f"{plan.estimate.seconds:.4g} s, and {other.estimate.seconds:.4g} s with {setting.type}={value}"
+            seconds = duration(plan.estimate.seconds), duration(other.estimate.seconds)
+            return f"{seconds[0]}, and {seconds[1]} with {setting.type}={value}"
         return "the leanest that there is" if not plan.feasible else f"before {setting.type}={value} in the order"
     phase = max(other.estimate.phases, key=other.excess_bytes)
     card = phase.peak_vram_bytes if other.device.id != "cpu" else phase.host_bytes

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
+from framefit.durations import duration
 from framefit.families import Checkpoint
 from framefit.plan import QUALITIES, TIERS, Plan, Tier
 from framefit.planning.candidates import usual
@@ -34,7 +35,7 @@ class Change:
     seconds: float | None
 
     def __str__(self) -> str:
-        seconds = "" if self.seconds is None else f", {self.seconds:.3g} s"
+        seconds = "" if self.seconds is None else f", {duration(self.seconds)}"
         return f"{self.flag} ({self.peak_bytes / GIB:.1f} GiB{seconds})"
 
     def to_json(self) -> dict[str, Any]:

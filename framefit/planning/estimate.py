@@ -19,7 +19,6 @@ from framefit.device import state_folder
 from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Estimate, PhaseEstimate, Plan
-from framefit.planning.candidates import slower
 from framefit.planning.choose import component_bytes
 from framefit.planning.phase import PhaseTrace
 from framefit.planning.traces import traced
@@ -161,7 +160,7 @@ def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates
     times = steps_of(plan.request, checkpoint).get(trace.name.removeprefix("denoise:"), 1)
     step = _beside(work, trace.bytes["host_to_device"], plan.offload, known)
     begin = _copied(trace.onload_bytes, plan.offload, known)
-    return begin + times * step * slower(plan, checkpoint, trace.name)
+    return begin + times * step
 
 
 def _beside(work: Mapping[str, float], bytes: int, offload: str, known: Rates) -> float:

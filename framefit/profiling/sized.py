@@ -83,11 +83,11 @@ def _kinds(device: str, dtype: torch.dtype) -> Iterator[Probe]:
     small = device == "cpu"
     yield matmul, 0, partial(_product, device, dtype, 256 if small else 8192)
     for width, heads in ((64, 32), (128, 16), (512, 2)):
-        heads, tokens = (1, 256) if small else (heads, 8192)
-        yield attention, width, partial(_attention, device, dtype, (1, heads, tokens, width))
+        shape = (1, 1, 256, width) if small else (1, heads, 8192, width)
+        yield attention, width, partial(_attention, device, dtype, shape)
     for size, channels, picture in ((96, 96, (240, 416)), (128, 256, (120, 208))):
-        picture = (8, 12) if small else picture
-        yield convolution, size, partial(_convolution, device, dtype, (1, channels, 4, *picture))
+        video = (1, channels, 4, *((8, 12) if small else picture))
+        yield convolution, size, partial(_convolution, device, dtype, video)
 
 
 def _elementwise(device: str, dtype: torch.dtype) -> Iterator[Probe]:
@@ -104,12 +104,12 @@ def _product(device: str, dtype: torch.dtype, side: int) -> Sequence[Call]:
     return (lambda: a @ b,)
 
 
-def _attention(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Sequence[Call]:
+def _attention(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Sequence[Call]:
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
     return (lambda: functional.scaled_dot_product_attention(q, k, v),)
 
 
-def _convolution(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Sequence[Call]:
+def _convolution(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> Sequence[Call]:
     """In three dimensions, channels first and biased, as video decoders do."""
     video, channels = torch.randn(shape, device=device, dtype=dtype), shape[1]
     weight = torch.randn(channels, channels, 3, 3, 3, device=device, dtype=dtype)
