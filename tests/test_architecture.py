@@ -20,7 +20,21 @@ PACKAGE = Path(framefit.__file__).parent
 ROOT = PACKAGE.parent
 
 RANKS = (
-    {"errors", "request", "device", "cards", "rates", "smi", "plan", "photo", "marks", "video", "report", "streaming"},
+    {
+        "errors",
+        "request",
+        "device",
+        "cards",
+        "rates",
+        "durations",
+        "smi",
+        "plan",
+        "photo",
+        "marks",
+        "video",
+        "report",
+        "streaming",
+    },
     {"families", "ledger", "apart", "checkpoint", "schedule", "scratch", "quality", "tuned"},
     {"passes", "testing"},
     {"planning"},
