@@ -214,7 +214,11 @@ class Rates:
         return bytes / rate / 1e9 if rate else None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        by_size = {
+            sort: {precision: {str(size): rate for size, rate in points.items()} for precision, points in by.items()}
+            for sort, by in self.by_size.items()
+        }
+        return asdict(self) | {"by_size": by_size}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:

@@ -307,6 +307,8 @@ def test_measuring_rates_again_keeps_what_a_probe_found(tmp_path: Path, monkeypa
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("framefit.profiling.ceilings.BUDGET_S", 0.0)
     monkeypatch.setattr("framefit.profiling.ceilings.PRECISIONS", {"fp32": torch.float32})
+    monkeypatch.setattr("framefit.profiling.sized.PRECISIONS", {"fp32": torch.float32})
+    monkeypatch.setattr("framefit.profiling.sized.HOLD_S", 0.0)
 
 
 # --- doctor and probe ------------------------------------------------------------------------------------------------

@@ -322,6 +322,8 @@ def test_the_flame_graph_adds_up() -> None:
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("framefit.profiling.ceilings.BUDGET_S", 0.0)
     monkeypatch.setattr("framefit.profiling.ceilings.PRECISIONS", {"fp32": torch.float32})
+    monkeypatch.setattr("framefit.profiling.sized.PRECISIONS", {"fp32": torch.float32})
+    monkeypatch.setattr("framefit.profiling.sized.HOLD_S", 0.0)
 
 
 def test_ceilings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
