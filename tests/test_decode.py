@@ -228,7 +228,7 @@ class Late(Transfer):
 def test_a_memory_that_does_not_come_back_from_ram_is_seen(
     id: str, way: type[Transfer], vaes: dict[str, Parts]
 ) -> None:
-    latents, video = given(vaes[id], frames=4)
+    latents, video = given(vaes[id])
     frames, known = reference(vaes[id], latents), vaes[id]["vae"].encode(video).latent_dist.mode()
     parts = divided(vaes[id], "ram")
     parts.pieces = replace(parts.pieces, shelf=partial(Shelf, way(torch.device("cpu"))))
@@ -239,14 +239,17 @@ def test_a_memory_that_does_not_come_back_from_ram_is_seen(
 def test_a_strip_without_its_neighbours_rows_is_seen(vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     latents, _ = given(vaes[EASYANIMATE])
     frames, parts = reference(vaes[EASYANIMATE], latents), divided(vaes[EASYANIMATE], "ram")
-    cut = strips._strip
+    by_rows = strips._by_rows
 
-    def short(frames: Any, like: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
-        strip = cut(frames, like, top, bottom)
-        strip[..., -1, :] = 0
-        return strip
+    def short(convolution: Any, take: strips.Take, *rest: Any) -> torch.Tensor:
+        def last_is_lost(top: int, bottom: int) -> torch.Tensor:
+            strip = take(top, bottom).clone()
+            strip[..., -1, :] = 0
+            return strip
 
-    monkeypatch.setattr(strips, "_strip", short)
+        return by_rows(convolution, last_is_lost, *rest)
+
+    monkeypatch.setattr(strips, "_by_rows", short)
     assert (ours(parts, latents) - frames).abs().max() > 1e-3 * frames.abs().max()
 
 

@@ -11,6 +11,7 @@ Wan's convolutions pad their input by a copy of it. In pieces the convolution it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ from framefit.families.parts import Parts, weights
 from framefit.families.pieces import Pieces
 from framefit.ledger.shelf import Shelf
 from framefit.ledger.transfer import transfer_for
-from framefit.passes.frames import HOOKS
+from framefit.passes.frames import hooked
 from framefit.plan import Decode
 
 __all__ = ["apply", "remove"]
@@ -42,22 +43,31 @@ def apply(parts: Parts, setting: Decode) -> None:
     if in_ram := setting.value == "ram":
         shelf = partial(Shelf, transfer_for(parts.device, weights(vae)))
     parts.pieces = Pieces(one_by_one=setting.value == "frame", tile_px=setting.tile_px, shelf=shelf)
-    hooks = HOOKS if in_ram else {WanCausalConv3d: _PadsItself}
-    for module in vae.modules():
-        if kind := hooks.get(type(module)):
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(kind(), HOOK)
-        if isinstance(module, nn.SiLU):  # of what a norm just made
-            module.inplace = in_ram
+    for module, hook in list(hooked(vae) if in_ram else _padding(vae)):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    _in_place(vae, in_ram)
 
 
 def remove(parts: Parts) -> None:
     """As if this pass had never been applied."""
     parts.pieces = Pieces()
     for module in parts["vae"].modules():
-        if isinstance(module, (WanCausalConv3d, *HOOKS)) and hasattr(module, "_diffusers_hook"):
+        if hasattr(module, "_diffusers_hook"):
             module._diffusers_hook.remove_hook(HOOK, recurse=False)
+    _in_place(parts["vae"], False)
+
+
+def _padding(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
+    for module in vae.modules():
+        if isinstance(module, WanCausalConv3d):
+            yield module, _PadsItself()
+
+
+def _in_place(vae: nn.Module, now: bool) -> None:
+    """Whether activations overwrite their input, which a norm just made."""
+    for module in vae.modules():
         if isinstance(module, nn.SiLU):
-            module.inplace = False
+            module.inplace = now
 
 
 class _PadsItself(ModelHook):  # type: ignore[misc]

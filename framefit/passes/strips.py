@@ -1,24 +1,29 @@
-"""A convolution over some frames, strip after strip of their rows: its input is put together, but never whole.
+"""A convolution strip after strip of its rows: its input is put together by strips, but never whole.
 
-The frames may lie apart in memory, so that those that are remembered are the very ones that were computed. cuDNN's
-copies of its input and output are as small as the strips are.
+The frames that it looks over may lie apart in memory, so that those that are remembered are the very ones that were
+computed; a picture that is enlarged or padded first is so by strips. cuDNN's copies are as small as the strips are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["STRIP_BYTES", "convolved"]
+__all__ = ["STRIP_BYTES", "enlarged", "halved", "over_frames"]
 
 STRIP_BYTES = 2**27
 """Of a strip's input: rows enough to fill a card's kernels."""
 
+Take = Callable[[int, int], torch.Tensor]
+"""Rows of the input, from one on to another: all that there are of them."""
 
-def convolved(convolution: nn.Conv3d, frames: Sequence[torch.Tensor | None], padding: tuple[int, int]) -> torch.Tensor:
+
+def over_frames(
+    convolution: nn.Conv3d, frames: Sequence[torch.Tensor | None], padding: tuple[int, int]
+) -> torch.Tensor:
     """One frame (1, C', 1, H', W') of as many frames (1, C, 1, H, W) as the convolution looks over at once.
 
     Args:
@@ -26,27 +31,61 @@ def convolved(convolution: nn.Conv3d, frames: Sequence[torch.Tensor | None], pad
         padding: of rows and columns, on both sides.
     """
     like = next(frame for frame in frames if frame is not None)
+
+    def take(top: int, bottom: int) -> torch.Tensor:
+        zeros = like.new_zeros(()).expand_as(like[..., top:bottom, :])
+        return torch.cat([zeros if each is None else each[..., top:bottom, :] for each in frames], dim=2)
+
     rows, columns = like.shape[3:]
-    (_, tall, wide), (_, down, across) = convolution.kernel_size, convolution.stride
-    height = (rows + 2 * padding[0] - tall) // down + 1
-    width = (columns + 2 * padding[1] - wide) // across + 1
-    out = like.new_empty(1, convolution.out_channels, 1, height, width)
-    row_bytes = len(frames) * like.nbytes // rows
-    step = max(1, STRIP_BYTES // row_bytes // down)
+    size = rows, columns + 2 * padding[1]
+    return _by_rows(convolution, take, like, size, (padding[0], padding[0]), padding[1], len(frames) * like.nbytes)
+
+
+def enlarged(upsampling: nn.Module, convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, C', 2H, 2W): a convolution over 3x3 of what `upsampling` makes of every pixel, four equal."""
+    rows, columns = 2 * x.shape[2], 2 * x.shape[3]
+
+    def take(top: int, bottom: int) -> torch.Tensor:
+        grown: torch.Tensor = upsampling(x[..., top // 2 : -(-bottom // 2), :])
+        return grown[..., top % 2 : top % 2 + bottom - top, :]
+
+    return _by_rows(convolution, take, x, (rows, columns + 2), (1, 1), 1, 4 * x.nbytes)
+
+
+def halved(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, C', H/2, W/2): with a row and a column of zeros behind the last."""
+    rows, columns = x.shape[2:]
+
+    def take(top: int, bottom: int) -> torch.Tensor:
+        return functional.pad(x[..., top:bottom, :], (0, 1))
+
+    return _by_rows(convolution, take, x, (rows, columns + 1), (0, 1), 0, x.nbytes)
+
+
+def _by_rows(
+    convolution: nn.Conv2d | nn.Conv3d, take: Take, like: torch.Tensor, size: tuple[int, int], pads: tuple[int, int],
+    across: int, bytes: int,
+) -> torch.Tensor:  # fmt: skip
+    """Of an input of `size`: its rows, and its columns with what is padded; `pads` rows of zeros are before and behind.
+
+    Args:
+        like: gives the result its precision and its first axes but the channels.
+        across: columns of zeros that the convolution adds on both sides.
+        bytes: of the input, if it were whole.
+    """
+    rows, columns = size
+    tall, wide = convolution.kernel_size[-2:]
+    down, aside = convolution.stride[-2:]
+    height, width = (rows + sum(pads) - tall) // down + 1, (columns - wide) // aside + 1
+    out = like.new_empty(like.shape[0], convolution.out_channels, *like.shape[2:-2], height, width)
+    flat = isinstance(convolution, nn.Conv2d)
+    convolve, padding = (functional.conv2d, (0, across)) if flat else (functional.conv3d, (0, 0, across))
+    step = max(1, STRIP_BYTES * rows // bytes // down)
     for begin in range(0, height, step):
         end = min(begin + step, height)
-        top, bottom = begin * down - padding[0], (end - 1) * down - padding[0] + tall
-        strip = _strip(frames, like, max(top, 0), min(bottom, rows))
+        top, bottom = begin * down - pads[0], (end - 1) * down - pads[0] + tall
+        strip = take(max(top, 0), min(bottom, rows))
         if top < 0 or bottom > rows:
             strip = functional.pad(strip, (0, 0, max(-top, 0), max(bottom - rows, 0)))
-        out[..., begin:end, :] = functional.conv3d(
-            strip, convolution.weight, convolution.bias, convolution.stride, (0, 0, padding[1])
-        )
+        out[..., begin:end, :] = convolve(strip, convolution.weight, convolution.bias, convolution.stride, padding)
     return out
-
-
-def _strip(frames: Sequence[torch.Tensor | None], like: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
-    """(1, C, F, rows, W)."""
-    cut = [frame if frame is None else frame[..., top:bottom, :] for frame in frames]
-    zeros = like.new_zeros(()).expand_as(like[..., top:bottom, :])
-    return torch.cat([zeros if each is None else each for each in cut], dim=2)
