@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -421,6 +422,32 @@ def test_a_plan_says_what_pieces_save(photo: Path) -> None:
     for name in ("decode", "encode_image"):
         assert peaks["frame"][name] < 0.75 * peaks["whole"][name]
         assert peaks["tile:96"][name] < 0.75 * peaks["frame"][name]
+
+
+@pytest.mark.parametrize("id", [WAN, WAN_5B, EASYANIMATE])
+def test_a_plan_says_what_lies_in_ram_and_what_moves(
+    id: str, photo: Path, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = legal(tiny_row(id))
+    stride = vaes[id]["vae"].spatial_compression_ratio
+    size = 18 * stride, 12 * stride, 13
+    usual = plan_of(row, photo, size, precision="fp32", settings={"decode": "frame"})
+    *before, frame = dryrun.trace(usual, row)
+    known = {phase.name.partition(":")[0]: phase.gives for phase in before}
+    plan = plan_of(row, photo, size, precision="fp32", settings={"decode": "ram"})
+    (said,) = dryrun.trace(plan, row, known)
+    assert said.peak_bytes < 0.75 * frame.peak_bytes
+    assert frame.shelf_bytes == frame.bytes["device_to_host"] == 0
+    way = Transfer(torch.device("cpu"))
+    parts = divided(vaes[id], "ram")
+    parts.pieces = replace(parts.pieces, shelf=partial(Shelf, way))
+    ours(parts, torch.randn(1, getattr(vaes[id]["vae"].config, "z_dim", 16), 4, 12, 18))
+    assert (said.bytes["host_to_device"], said.bytes["device_to_host"]) == (way.moved_bytes, way.returned_bytes)
+    assert way.moved_bytes / 3 <= said.shelf_bytes <= way.moved_bytes / 2
+    monkeypatch.setattr(dryrun, "_steady", lambda *_: nullcontext())
+    (longer,) = dryrun.trace(plan, row, known)
+    assert longer.flops == said.flops
+    assert longer.peak_bytes == pytest.approx(said.peak_bytes, rel=0.02)
 
 
 def test_a_tile_stands_for_the_others(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
