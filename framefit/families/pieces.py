@@ -168,7 +168,7 @@ def _frame_by_frame(
 ) -> list[torch.Tensor]:
     """What a stage makes of `frames`, which are dropped as they are read."""
     takes = 1 if first else stage.takes
-    runs, out = len(frames) // takes, []
+    runs, out = len(frames) // takes, list[torch.Tensor]()
     for run in range(runs):
         if run == (runs + 1) // 2:
             shelf.settle()

@@ -183,7 +183,7 @@ def _around(stages: Sequence[Stage], shortcut: nn.Module) -> list[Stage]:
     def end(x: torch.Tensor) -> torch.Tensor:
         nonlocal began
         out, told, began = last.run(x), not began, True
-        return out + shortcut(waiting.pop(0), first_chunk=told)
+        return out.add_(shortcut(waiting.pop(0), first_chunk=told))
 
     return [replace(first, run=begin), *stages[1:-1], replace(last, run=end)]
 

@@ -73,14 +73,15 @@ class Shelf:
     def expect(self, name: Hashable) -> None:
         """Begin to bring back what lies at a place, if anything does."""
         place = self._places.get(name)
-        for index, (shape, dtype) in place.lying.items() if place else ():
+        if place is None:
+            return
+        for index, (shape, dtype) in place.lying.items():
             tensor = torch.empty(shape, dtype=dtype, device=self._transfer.device)
             room = self._transfer.over(tensor)
             self._transfer.recall(place.pieces[index, tensor.nbytes], room)
             place.kept[index] = tensor
             place.rooms.append(room)
-        if place:
-            place.lying.clear()
+        place.lying.clear()
 
     def take(self, name: Hashable, usual: Any) -> Any:
         """What was put at a place, which computations may read from here on; `usual` where nothing was."""

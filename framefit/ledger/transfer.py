@@ -297,7 +297,7 @@ class CardTransfer(Transfer):
                 torch.zeros(1, device=self.device)
             raise DoesNotFit(
                 f"{pinned / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
-                f"offload=disk or offload=none."
+                f"offload=disk or offload=none, and decode=frame or decode=tile:PX in place of decode=ram."
             )
         self._pinned_bytes += pinned
         weakref.finalize(owner, self._unpin, address, pinned).atexit = False  # a process that ends has nothing to unpin

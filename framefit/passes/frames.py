@@ -81,6 +81,7 @@ class _WanResampling(ModelHook):  # type: ignore[misc]
 
     def new_forward(self, module: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         first, convolution = module
+        assert isinstance(convolution, nn.Conv2d)
         if isinstance(first, nn.ZeroPad2d):
             return halved(convolution, x)
         return enlarged(first, convolution, x)

@@ -39,7 +39,7 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
         tiles = ("tile:512", "tile:256", "tile:128")  # they move fewer bytes than whole pictures one by one
-        # halos are as wide in the 5B's pixels, four to one of its VAE's: what it remembers moves sooner than they compute
+        # the 5B's VAE sees one pixel in four: halos as many of its pixels wide cost more than memories that move
         return ("whole", "ram", *tiles) if checkpoint["vae"].config.get("is_residual") else ("whole", *tiles)
     return ("whole", "frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
 
