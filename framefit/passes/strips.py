@@ -77,15 +77,21 @@ def _by_rows(
     tall, wide = convolution.kernel_size[-2:]
     down, aside = convolution.stride[-2:]
     height, width = (rows + sum(pads) - tall) // down + 1, (columns - wide) // aside + 1
-    out = like.new_empty(like.shape[0], convolution.out_channels, *like.shape[2:-2], height, width)
     flat = isinstance(convolution, nn.Conv2d)
-    convolve, padding = (functional.conv2d, (0, across)) if flat else (functional.conv3d, (0, 0, across))
+
+    def convolve(x: torch.Tensor, pad: int) -> torch.Tensor:
+        given = x, convolution.weight, convolution.bias, convolution.stride
+        return functional.conv2d(*given, (pad, across)) if flat else functional.conv3d(*given, (0, pad, across))
+
     step = max(1, STRIP_BYTES * rows // bytes // down)
+    if step >= height and pads[0] == pads[1]:
+        return convolve(take(0, rows), pads[0])
+    out = like.new_empty(like.shape[0], convolution.out_channels, *like.shape[2:-2], height, width)
     for begin in range(0, height, step):
         end = min(begin + step, height)
         top, bottom = begin * down - pads[0], (end - 1) * down - pads[0] + tall
         strip = take(max(top, 0), min(bottom, rows))
         if top < 0 or bottom > rows:
             strip = functional.pad(strip, (0, 0, max(-top, 0), max(bottom - rows, 0)))
-        out[..., begin:end, :] = convolve(strip, convolution.weight, convolution.bias, convolution.stride, padding)
+        out[..., begin:end, :] = convolve(strip, 0)
     return out
