@@ -13,7 +13,6 @@ from diffusers.hooks import ModelHook
 from diffusers.models.autoencoders.autoencoder_kl_magvit import EasyAnimateCausalConv3d, EasyAnimateUpsampler3D
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
 from torch import nn
-from torch.nn import functional
 
 from framefit.families.magvit_vae import SEEN
 from framefit.passes.strips import enlarged, halved, over_frames
@@ -33,18 +32,18 @@ def hooked(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
 class _MagvitConvolution(ModelHook):  # type: ignore[misc]
     """Before the first frame was that frame. Of a convolution that halves time, fewer are remembered."""
 
-    def new_forward(self, module: EasyAnimateCausalConv3d, x: torch.Tensor) -> torch.Tensor:
+    def new_forward(self, module: EasyAnimateCausalConv3d, x: torch.Tensor, scale: int = 1) -> torch.Tensor:
         own = _frames(x)
         before = module.prev_features or own[:1] * (module.kernel_size[0] - 1)
         module.prev_features = _kept(module, [*before, *own])
-        return _convolved(module, [*before, *own], module.padding[1:])
+        return _convolved(module, [*before, *own], module.padding[1:], scale)
 
 
 class _MagvitUpsampler(ModelHook):  # type: ignore[misc]
-    """The two frames that one becomes are one in memory."""
+    """Its convolution enlarges what it sees, and remembers it small. Where one frame becomes two, they share memory."""
 
     def new_forward(self, module: EasyAnimateUpsampler3D, x: torch.Tensor) -> torch.Tensor:
-        x = module.conv(functional.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"))
+        x = module.conv(x, scale=2)
         if not module.temporal_upsample:
             return x
         seen, module.prev_features = module.prev_features, SEEN
@@ -105,7 +104,10 @@ def _kept(convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None]) -> list[t
     return [frame if frame is None else frame.contiguous() for frame in seen[kept:]]
 
 
-def _convolved(convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None], padding: tuple[int, int]) -> torch.Tensor:
+def _convolved(
+    convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None], padding: tuple[int, int], scale: int = 1
+) -> torch.Tensor:
     over, stride = convolution.kernel_size[0], convolution.stride[0]
-    made = [over_frames(convolution, seen[i : i + over], padding) for i in range(0, len(seen) - over + 1, stride)]
+    starts = range(0, len(seen) - over + 1, stride)
+    made = [over_frames(convolution, seen[i : i + over], padding, scale) for i in starts]
     return made[0] if len(made) == 1 else torch.cat(made, dim=2)

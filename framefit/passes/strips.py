@@ -22,23 +22,29 @@ Take = Callable[[int, int], torch.Tensor]
 
 
 def over_frames(
-    convolution: nn.Conv3d, frames: Sequence[torch.Tensor | None], padding: tuple[int, int]
+    convolution: nn.Conv3d, frames: Sequence[torch.Tensor | None], padding: tuple[int, int], scale: int = 1
 ) -> torch.Tensor:
     """One frame (1, C', 1, H', W') of as many frames (1, C, 1, H, W) as the convolution looks over at once.
 
     Args:
         frames: None stands for one of zeros.
         padding: of rows and columns, on both sides.
+        scale: pixels each way, all equal, that it sees in place of one.
     """
     like = next(frame for frame in frames if frame is not None)
 
     def take(top: int, bottom: int) -> torch.Tensor:
-        zeros = like.new_zeros(()).expand_as(like[..., top:bottom, :])
-        return torch.cat([zeros if each is None else each[..., top:bottom, :] for each in frames], dim=2)
+        rows = slice(top // scale, -(-bottom // scale))
+        zeros = like.new_zeros(()).expand_as(like[..., rows, :])
+        strip = torch.cat([zeros if each is None else each[..., rows, :] for each in frames], dim=2)
+        if scale == 1:
+            return strip
+        grown = functional.interpolate(strip, scale_factor=(1, scale, scale), mode="nearest")
+        return grown[..., top % scale : top % scale + bottom - top, :]
 
-    rows, columns = like.shape[3:]
-    size = rows, columns + 2 * padding[1]
-    return _by_rows(convolution, take, like, size, (padding[0], padding[0]), padding[1], len(frames) * like.nbytes)
+    size = scale * like.shape[3], scale * like.shape[4] + 2 * padding[1]
+    bytes = len(frames) * like.nbytes * scale**2
+    return _by_rows(convolution, take, like, size, (padding[0], padding[0]), padding[1], bytes)
 
 
 def enlarged(upsampling: nn.Module, convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
