@@ -123,6 +123,8 @@ class Transfer:
         """To the device, in all."""
         self.returned_bytes = 0
         """From the device, in all."""
+        self.pieces_bytes = 0
+        """Of pieces, in all."""
 
     @property
     def pinned_bytes(self) -> int:
@@ -166,6 +168,7 @@ class Transfer:
         """All is put."""
 
     def piece(self, bytes: int) -> Piece:
+        self.pieces_bytes += bytes
         return Piece(torch.empty(bytes, dtype=torch.uint8))
 
     def put_piece(self, piece: Piece, bytes: int, room: Room, at: int) -> None:
@@ -233,6 +236,7 @@ class CardTransfer(Transfer):
 
     def piece(self, bytes: int) -> Piece:
         """Raises `DoesNotFit` where the host has no memory to pin."""
+        self.pieces_bytes += bytes
         read, written = torch.cuda.Event(blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
         piece = Piece(mapped(bytes), read, written)
         self._pin(piece, piece.memory)
@@ -323,11 +327,6 @@ class NoTransfer(Transfer):
 
     def copy(self, slab: Slab, room: Room) -> None:
         self.moved_bytes += slab.bytes
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.pieces_bytes = 0
-        """Of pieces, in all."""
 
     def piece(self, bytes: int) -> Piece:
         self.pieces_bytes += bytes

@@ -140,13 +140,13 @@ class _Way:
     @contextmanager
     def _phase(self, name: str, *needs: str) -> Iterator[None]:
         self.used[name] = needs
-        before = self.transfer.moved_bytes, self.transfer.returned_bytes, self.transfer.pinned_bytes
+        before = self.transfer.moved_bytes, self.transfer.returned_bytes, self.transfer.pieces_bytes
         with self.live.phase(name), self.tally.phase(name):
             self.parts.use(*needs)
             yield
             self.tally.move("host_to_device", self.transfer.moved_bytes - before[0])
             self.tally.move("device_to_host", self.transfer.returned_bytes - before[1])
-        self.shelved[name] = self.transfer.pinned_bytes - before[2]
+        self.shelved[name] = self.transfer.pieces_bytes - before[2]
 
     def _given(self, name: str, needs: Sequence[str], call: Callable[[], Tensors]) -> Tensors:
         """What an encoding gives: from a call, or where it was called before like that, without contents."""
