@@ -30,28 +30,29 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 
 def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.Tensor]:
     """Denormalised latents (1, C, F, h, w) -> chunks of frames, uint8 (f, H, W, 3) on the host."""
-    if pieces.shelf:
-        taken = vae.post_quant_conv(latents).split(1, dim=2)
-        for piece in shelved(list(_small_up(vae.decoder)), taken, len(taken), pieces.shelf()):
+
+    def frames(made: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for piece in made:
             chunk = to_frames(unpatchified(piece, vae.config.patch_size or 1))
             del piece
             yield chunk
+
+    taken = vae.post_quant_conv(latents).split(1, dim=2)
+    if pieces.shelf:
+        yield from frames(shelved(list(_small_up(vae.decoder)), taken, len(taken), pieces.shelf()))
         return
     stride = vae.config.scale_factor_spatial
     tiles = pieces.tiles(latents.shape[3], latents.shape[4], stride)
     middle = _chain(_convolution(vae.decoder.conv_in), _block(vae.decoder.mid_block))
-    features: Iterable[torch.Tensor] = map(middle, vae.post_quant_conv(latents).split(1, dim=2))
+    features: Iterable[torch.Tensor] = map(middle, taken)
     if tiles:  # every one of them begins from these
         features = list(features)
 
-    def frames(tile: Tile | None) -> Iterator[torch.Tensor]:
-        for piece in through(_up(vae.decoder), features, tile, one_by_one=pieces.one_by_one):
-            chunk = to_frames(unpatchified(piece, vae.config.patch_size or 1))
-            del piece
-            yield chunk
+    def of(tile: Tile | None) -> Iterator[torch.Tensor]:
+        return frames(through(_up(vae.decoder), features, tile, one_by_one=pieces.one_by_one))
 
     num_frames = (latents.shape[2] - 1) * vae.config.scale_factor_temporal + 1
-    yield from painted(tiles, pieces, frames, stride, num_frames) if tiles else frames(None)
+    yield from painted(tiles, pieces, of, stride, num_frames) if tiles else of(None)
 
 
 def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Tensor:

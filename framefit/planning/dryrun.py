@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from framefit.families import Checkpoint, family_of
@@ -375,10 +375,15 @@ def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tall
 
 
 def _like(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """Without contents; what was one in memory for several, as an expanded frame, is so again."""
+    """Of zeros, where it has contents; what was one in memory for several, as an expanded frame, is so again."""
     if 0 in tensor.stride():
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return torch.empty_like(tensor, device=device)
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    else:
+        made = torch.empty_like(tensor, device=device)
+    if not made.is_meta and not isinstance(made, FakeTensor):
+        with _disable_current_modes():  # the program does no such thing
+            made.zero_()
+    return made
 
 
 def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace:
