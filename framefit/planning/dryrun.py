@@ -382,7 +382,7 @@ def _like(tensor: torch.Tensor, device: str) -> torch.Tensor:
         made = torch.empty_like(tensor, device=device)
     if not made.is_meta and not isinstance(made, FakeTensor):
         with _disable_current_modes():  # the program does no such thing
-            made.untyped_storage().fill_(0)
+            made.untyped_storage().fill_(0)  # type: ignore[attr-defined]
     return made
 
 
