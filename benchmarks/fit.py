@@ -248,7 +248,7 @@ def _said(plan: Plan) -> dict[str, Any]:
         trace.name: {
             "allocated_bytes": sum(trace.weights_bytes.values()) + trace.peak_bytes,
             "reserved_bytes": estimate[trace.name].peak_vram_bytes, "host_bytes": estimate[trace.name].host_bytes,
-            "pinned_bytes": trace.pinned_bytes, "seconds": estimate[trace.name].seconds,
+            "pinned_bytes": estimate[trace.name].pinned_bytes, "seconds": estimate[trace.name].seconds,
             "held": dict(estimate[trace.name].held),
         }
         for trace in traced(plan, checkpoint)

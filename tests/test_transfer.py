@@ -50,29 +50,28 @@ class Event:
     def synchronize(self) -> None:
         with LOCK:
             while not self.mark.is_set():
-                Stream.played.step()
+                Stream.step()
 
 
 class Stream:
     """Work in order. The computing stream does it at once, as the CPU does."""
 
-    played: ClassVar[Stream]
+    played: ClassVar[list[Stream]] = []
+    """For copies, each way."""
     when: ClassVar[Literal["late", "early"]]
 
     def __init__(self, device: Any = None) -> None:
         self.queue: list[Callable[[], bool | None]] = []
         if device is not None:
-            Stream.played = self
+            Stream.played.append(self)
 
     def put(self, work: Callable[[], bool | None]) -> None:
         with LOCK:
             self.queue.append(work)
             if self is COMPUTING:
                 self.run()
-                if Stream.when == "early":
-                    Stream.played.run()
-            elif Stream.when == "early":
-                self.run()
+            if Stream.when == "early":
+                Stream.go()
 
     def run(self) -> None:
         """What is not waiting for another stream."""
@@ -80,11 +79,21 @@ class Stream:
             while self.queue and self.queue[0]() is not False:
                 self.queue.pop(0)
 
-    def step(self) -> None:
-        """What is next."""
-        assert self.queue, "it is waited for what never comes"
-        assert self.queue[0]() is not False, "both streams wait for each other"
-        self.queue.pop(0)
+    @staticmethod
+    def go() -> None:
+        """All that can run, as one stream waits for what another does."""
+        for _ in Stream.played:
+            for each in Stream.played:
+                each.run()
+
+    @staticmethod
+    def step() -> None:
+        """What is next on one of them."""
+        busy = [each for each in Stream.played if each.queue]
+        assert busy, "it is waited for what never comes"
+        free = next((each for each in busy if each.queue[0]() is not False), None)
+        assert free, "the streams wait for each other"
+        free.queue.pop(0)
 
     def wait_event(self, event: Event) -> None:
         if self is COMPUTING:
@@ -93,11 +102,12 @@ class Stream:
             self.put(event.mark.is_set)
 
     def wait_stream(self, other: Stream) -> None:
-        other.run()
-        assert not other.queue
+        mark = Event()
+        mark.record(other)
+        self.wait_event(mark)
 
     def synchronize(self) -> None:
-        self.run()
+        Stream.go()
 
 
 COMPUTING = Stream()
@@ -108,16 +118,20 @@ LOCK = threading.RLock()
 class Queued(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Copies belong to the stream."""
 
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stream = stream
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
-            Stream.played.put(lambda: func(*args) is not None)
+            self.stream.put(lambda: func(*args) is not None)
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def on_stream(stream: Stream) -> Iterator[None]:
-    with Queued():  # type: ignore[no-untyped-call]
+    with Queued(stream):
         yield
 
 
@@ -146,6 +160,7 @@ class Runtime:
 def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     Stream.when = request.param
     COMPUTING.queue.clear()
+    Stream.played.clear()
     found = Runtime()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -268,7 +283,7 @@ def waits(self: Stream, event: Event) -> None:
         return
     with LOCK:
         while not event.mark.is_set():
-            Stream.played.step()
+            Stream.step()
 
 
 @pytest.mark.parametrize("value", ["part", "block", "leaf", "disk"])

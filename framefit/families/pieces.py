@@ -7,16 +7,31 @@ of the whole picture; what the halo lacks is cut off stage by stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from framefit.errors import UsageError
 
-__all__ = ["Pieces", "Span", "Stage", "Tile", "painted", "through"]
+__all__ = ["Pieces", "Shelf", "Span", "Stage", "Tile", "painted", "shelved", "through"]
+
+
+class Shelf(Protocol):
+    """Where tensors lie between two uses, in RAM: see `ledger/shelf.py`."""
+
+    def put(self, name: Hashable, tree: Any) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def expect(self, name: Hashable) -> None: ...
+
+    def take(self, name: Hashable, usual: Any) -> Any: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +42,8 @@ class Pieces:
     """Whether a frame goes through all layers before the next one; else as many at once as the reference takes."""
     tile_px: int = 0
     """Most that a tile measures each way, in pixels, without its halo; 0: whole pictures."""
+    shelf: Callable[[], Shelf] | None = None
+    """Makes one for a way through a video; None: what stages remember stays on the device."""
     each: Callable[[Sequence[Tile]], Iterable[Tile]] = iter
     """Goes over the tiles; a dry run takes one for all, because all are of one size."""
 
@@ -97,6 +114,8 @@ class Stage:
     """Pixels of its input around a tile that the tile depends on, here and in the stages that follow."""
     takes: int = 1
     """Frames that it needs at once; the first comes alone."""
+    memory: list[Any] = field(default_factory=list)
+    """What its layers remember, while they do not compute: it may be put away in between."""
 
 
 def through(
@@ -115,6 +134,55 @@ def through(
             around, scale = tile.corner(stage.scale, stage.halo), stage.scale
         pieces = _over(run, _grouped(iter(pieces), stage.takes) if one_by_one else pieces, one_by_one)
     yield from pieces
+
+
+def shelved(
+    stages: Sequence[Stage], groups: Iterable[torch.Tensor], count: int, shelf: Shelf
+) -> Iterator[torch.Tensor]:
+    """As `through`, with what the stages remember on `shelf` while others compute: it travels once for every group.
+
+    So all frames of a group pass a stage, one by one, before the next stage begins. What a stage remembers leaves
+    while the next one computes its first half of the frames, and what the one after needs comes during the second.
+
+    Args:
+        groups: (1, C, F, H, W) each, `count` of them; the first is one frame.
+    """
+    try:
+        for index, group in enumerate(groups):
+            frames = list(torch.split(group, 1, dim=2))
+            del group
+            for place, stage in enumerate(stages):
+                stage.memory[:] = shelf.take(place, stage.memory)
+                frames = _frame_by_frame(stage, frames, index == 0, shelf, place + 1)
+                if index + 1 < count:
+                    shelf.put(place, stage.memory)
+                stage.memory.clear()
+            while frames:
+                yield frames.pop(0)
+    finally:
+        shelf.close()
+
+
+def _frame_by_frame(
+    stage: Stage, frames: list[torch.Tensor], first: bool, shelf: Shelf, following: int
+) -> list[torch.Tensor]:
+    """What a stage makes of `frames`, which are dropped as they are read."""
+    takes = 1 if first else stage.takes
+    runs, out = len(frames) // takes, list[torch.Tensor]()
+    for run in range(runs):
+        if run == (runs + 1) // 2:
+            shelf.settle()
+        if run == runs // 2:
+            shelf.expect(following)
+        taken, frames[:takes] = frames[:takes], []
+        piece = taken.pop() if takes == 1 else torch.cat(taken, dim=2)
+        taken.clear()
+        made = stage.run(piece)
+        del piece
+        out += torch.split(made, 1, dim=2)
+        del made
+    shelf.settle()
+    return out
 
 
 def _cut(stage: Stage, tile: Tile, around: tuple[int, int], piece: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ pixel. So whatever else there is can be done in tiles, with the halo that its co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify as patchif
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify as unpatchified
 from torch import nn
 
-from framefit.families.pieces import Pieces, Stage, Tile, painted, through
+from framefit.families.pieces import Pieces, Stage, Tile, painted, shelved, through
 from framefit.families.pixels import to_frames
 
 __all__ = ["decoded", "encoded"]
@@ -29,21 +30,29 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 
 def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.Tensor]:
     """Denormalised latents (1, C, F, h, w) -> chunks of frames, uint8 (f, H, W, 3) on the host."""
-    stride = vae.config.scale_factor_spatial
-    tiles = pieces.tiles(latents.shape[3], latents.shape[4], stride)
-    middle = _chain(_convolution(vae.decoder.conv_in), _block(vae.decoder.mid_block))
-    features: Iterable[torch.Tensor] = map(middle, vae.post_quant_conv(latents).split(1, dim=2))
-    if tiles:  # every one of them begins from these
-        features = list(features)
 
-    def frames(tile: Tile | None) -> Iterator[torch.Tensor]:
-        for piece in through(_up(vae.decoder), features, tile, one_by_one=pieces.one_by_one):
+    def frames(made: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for piece in made:
             chunk = to_frames(unpatchified(piece, vae.config.patch_size or 1))
             del piece
             yield chunk
 
+    taken = vae.post_quant_conv(latents).split(1, dim=2)
+    if pieces.shelf:
+        yield from frames(shelved(list(_small_up(vae.decoder)), taken, len(taken), pieces.shelf()))
+        return
+    stride = vae.config.scale_factor_spatial
+    tiles = pieces.tiles(latents.shape[3], latents.shape[4], stride)
+    middle = _chain(_convolution(vae.decoder.conv_in), _block(vae.decoder.mid_block))
+    features: Iterable[torch.Tensor] = map(middle, taken)
+    if tiles:  # every one of them begins from these
+        features = list(features)
+
+    def of(tile: Tile | None) -> Iterator[torch.Tensor]:
+        return frames(through(_up(vae.decoder), features, tile, one_by_one=pieces.one_by_one))
+
     num_frames = (latents.shape[2] - 1) * vae.config.scale_factor_temporal + 1
-    yield from painted(tiles, pieces, frames, stride, num_frames) if tiles else frames(None)
+    yield from painted(tiles, pieces, of, stride, num_frames) if tiles else of(None)
 
 
 def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Tensor:
@@ -62,9 +71,13 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
     def features(tile: Tile | None) -> Iterator[torch.Tensor]:
         return through(_down(vae.encoder), taken(), tile, one_by_one=one_by_one)
 
-    shrunk = _joined(tiles, pieces, features) if tiles else features(None)
-    middle = _chain(_block(vae.encoder.mid_block), _end(vae.encoder))
-    out = torch.cat([middle(feature) for feature in shrunk], dim=2)
+    if pieces.shelf:
+        count = 1 + (len(video) - 1) // config.scale_factor_temporal
+        out = torch.cat(list(shelved(list(_small_down(vae.encoder)), taken(), count, pieces.shelf())), dim=2)
+    else:
+        shrunk = _joined(tiles, pieces, features) if tiles else features(None)
+        middle = _chain(_block(vae.encoder.mid_block), _end(vae.encoder))
+        out = torch.cat([middle(feature) for feature in shrunk], dim=2)
     mean: torch.Tensor = vae.quant_conv(out).chunk(2, dim=1)[0]
     return mean
 
@@ -124,6 +137,58 @@ def _down(encoder: Any) -> list[Stage]:
     return stages[::-1]
 
 
+def _small_up(decoder: Any) -> Iterator[Stage]:
+    """The decoder layer by layer."""
+    yield _remembering(_convolution, decoder.conv_in)
+    yield from _small_middle(decoder.mid_block)
+    for block in decoder.up_blocks:
+        layers = [_remembering(_block, layer) for layer in (*block.resnets, _resamples(block)) if layer]
+        if shortcut := getattr(block, "avg_shortcut", None):
+            layers = _around(layers, shortcut)
+        yield from layers
+    yield _remembering(_end, decoder)
+
+
+def _small_down(encoder: Any) -> Iterator[Stage]:
+    """The encoder layer by layer; where a shortcut is around several, these together."""
+    yield _remembering(_convolution, encoder.conv_in)
+    for layer in encoder.down_blocks:
+        sampler = _resamples(layer)
+        yield _remembering(_block, layer, takes=2 if sampler and sampler.mode == "downsample3d" else 1)
+    yield from _small_middle(encoder.mid_block)
+    yield _remembering(_end, encoder)
+
+
+def _small_middle(middle: Any) -> Iterator[Stage]:
+    first, *rest = [_remembering(_block, layer) for layer in middle.resnets]
+    yield first
+    for attention, stage in zip(middle.attentions, rest, strict=True):
+        yield Stage(run=attention)
+        yield stage
+
+
+def _remembering(build: Callable[..., Run], layer: nn.Module, takes: int = 1) -> Stage:
+    memory: list[Any] = []
+    return Stage(run=build(layer, memory=memory), memory=memory, takes=takes)
+
+
+def _around(stages: Sequence[Stage], shortcut: nn.Module) -> list[Stage]:
+    """Stages with a shortcut from the input of the first to the output of the last, where frames wait until then."""
+    waiting: list[torch.Tensor] = []
+    first, last, began = stages[0], stages[-1], False
+
+    def begin(x: torch.Tensor) -> torch.Tensor:
+        waiting.append(x)
+        return first.run(x)
+
+    def end(x: torch.Tensor) -> torch.Tensor:
+        nonlocal began
+        out, told, began = last.run(x), not began, True
+        return out.add_(shortcut(waiting.pop(0), first_chunk=told))
+
+    return [replace(first, run=begin), *stages[1:-1], replace(last, run=end)]
+
+
 def _resamples(*layers: nn.Module) -> WanResample | None:
     return next((each for layer in layers for each in layer.modules() if isinstance(each, WanResample)), None)
 
@@ -142,9 +207,10 @@ def _chain(*runs: Run) -> Run:
     return run
 
 
-def _block(block: nn.Module, *, starts: bool = False) -> Run:
+def _block(block: nn.Module, *, starts: bool = False, memory: list[Any] | None = None) -> Run:
     """With a memory of its own. `starts`: it is to be told of the first frame."""
-    memory: list[Any] = [None] * sum(isinstance(each, WanCausalConv3d) for each in block.modules())
+    memory = [] if memory is None else memory
+    memory += [None] * sum(isinstance(each, WanCausalConv3d) for each in block.modules())
     first = starts
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -156,24 +222,25 @@ def _block(block: nn.Module, *, starts: bool = False) -> Run:
     return run
 
 
-def _convolution(convolution: nn.Module) -> Run:
+def _convolution(convolution: nn.Module, *, memory: list[Any] | None = None) -> Run:
     """Over three frames, with a memory of its own."""
-    past: torch.Tensor | None = None
+    memory = [] if memory is None else memory
+    memory.append(None)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        nonlocal past
-        before, past = past, x[:, :, -KEPT:].clone()
+        before, past = memory[0], x[:, :, -KEPT:].clone()
         if before is not None and past.shape[2] < KEPT:
             past = torch.cat([before[:, :, -1:], past], dim=2)
+        memory[0] = past
         out: torch.Tensor = convolution(x, before)
         return out
 
     return run
 
 
-def _end(part: Any) -> Run:
+def _end(part: Any, *, memory: list[Any] | None = None) -> Run:
     """The last layers of the encoder or decoder."""
-    convolution = _convolution(part.conv_out)
+    convolution = _convolution(part.conv_out, memory=memory)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return convolution(part.nonlinearity(part.norm_out(x)))

@@ -1,6 +1,7 @@
-"""Weights between host and device: slabs on the host, rooms on the device, copies in order, and waiting for them.
+"""Bytes between host and device: slabs on the host, rooms on the device, copies in order, and waiting for them.
 
-Everything that moves weights moves them through here, on a card, on the CPU and in a dry run. A slab packs the tensors
+Whatever moves weights moves them through here, on a card, on the CPU and in a dry run; so does what a VAE remembers,
+which goes out as well (`ledger/shelf.py`). A slab packs the tensors
 of one unit into one piece of memory, because one large copy is twice as fast as many small ones, and because torch's
 own allocator rounds each pinned tensor up to a power of two. A slab is pinned by itself, byte for byte.
 """
@@ -103,12 +104,14 @@ class Room:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Piece:
-    """Host memory that a file's contents pass through."""
+    """Host memory that a file's contents, or a tensor of the device, lie in for a while."""
 
     memory: torch.Tensor
     """(bytes,) of uint8."""
     read: Any = None
     """CUDA event: what lay in it has been copied on."""
+    written: Any = None
+    """CUDA event: what comes from the device is in it."""
 
 
 class Transfer:
@@ -118,6 +121,10 @@ class Transfer:
         self.device = device
         self.moved_bytes = 0
         """To the device, in all."""
+        self.returned_bytes = 0
+        """From the device, in all."""
+        self.pieces_bytes = 0
+        """Of pieces, in all."""
 
     @property
     def pinned_bytes(self) -> int:
@@ -131,6 +138,10 @@ class Transfer:
 
     def room(self, bytes: int) -> Room:
         return Room(torch.empty(bytes, dtype=torch.uint8, device=self.device))
+
+    def over(self, tensor: torch.Tensor) -> Room:
+        """A room that is the memory of a tensor of the device, without holes."""
+        return Room(tensor.view(-1).view(torch.uint8))
 
     def stay(self, table: torch.Tensor) -> object:
         """`table` is looked up on the host, as long as what is returned is held."""
@@ -157,11 +168,27 @@ class Transfer:
         """All is put."""
 
     def piece(self, bytes: int) -> Piece:
+        self.pieces_bytes += bytes
         return Piece(torch.empty(bytes, dtype=torch.uint8))
 
     def put_piece(self, piece: Piece, bytes: int, room: Room, at: int) -> None:
         """The first bytes of a piece, as `put` does."""
         self.put(piece.memory[:bytes], room, at)
+
+    def send(self, tensor: torch.Tensor, piece: Piece) -> None:
+        """Begin to copy a tensor of the device, without holes, to a piece of its size, once it is computed."""
+        self.returned_bytes += tensor.nbytes
+        piece.memory.copy_(tensor.view(-1).view(torch.uint8))
+
+    def sent(self, piece: Piece) -> None:
+        """What is computed from here on comes after what was sent: its memory on the device may be another's."""
+
+    def recall(self, piece: Piece, room: Room) -> None:
+        """Begin to copy what was sent into a room of its size."""
+        self.moved_bytes += room.memory.nbytes
+        self.begin(room)
+        self.put_piece(piece, room.memory.nbytes, room, 0)
+        self.end(room)
 
     def wait(self, room: Room) -> None:
         """What is computed from here on may read the room."""
@@ -183,7 +210,7 @@ class Transfer:
 
 
 class CardTransfer(Transfer):
-    """Pinned slabs and a stream of its own for the copies, so that they run beside the computation.
+    """Pinned slabs, and streams of their own for the copies each way, so that they run beside the computation.
 
     Source: CUDA C++ Programming Guide, asynchronous concurrent execution.
     """
@@ -191,6 +218,8 @@ class CardTransfer(Transfer):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._back = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        """From the device."""
         self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         self._pinned_bytes = 0
 
@@ -207,13 +236,18 @@ class CardTransfer(Transfer):
 
     def piece(self, bytes: int) -> Piece:
         """Raises `DoesNotFit` where the host has no memory to pin."""
-        piece = Piece(mapped(bytes), torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+        self.pieces_bytes += bytes
+        read, written = torch.cuda.Event(blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        piece = Piece(mapped(bytes), read, written)
         self._pin(piece, piece.memory)
         return piece
 
     def room(self, bytes: int) -> Room:
+        return self.over(super().room(bytes).memory)
+
+    def over(self, tensor: torch.Tensor) -> Room:
         filled, free = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        room = Room(super().room(bytes).memory, filled, free)
+        room = Room(super().over(tensor).memory, filled, free)
         self.release(room)  # the memory may have been another tensor's, which kernels under way still read
         return room
 
@@ -228,8 +262,20 @@ class CardTransfer(Transfer):
         room.filled.record(self._stream)
 
     def put_piece(self, piece: Piece, bytes: int, room: Room, at: int) -> None:
+        self._stream.wait_event(piece.written)
         super().put_piece(piece, bytes, room, at)
         piece.read.record(self._stream)
+
+    def send(self, tensor: torch.Tensor, piece: Piece) -> None:
+        self.returned_bytes += tensor.nbytes
+        self._back.wait_stream(torch.cuda.current_stream(self.device))
+        self._back.wait_event(piece.read)
+        with torch.cuda.stream(self._back):
+            piece.memory.copy_(tensor.view(-1).view(torch.uint8), non_blocking=True)
+        piece.written.record(self._back)
+
+    def sent(self, piece: Piece) -> None:
+        torch.cuda.current_stream(self.device).wait_event(piece.written)
 
     def wait(self, room: Room) -> None:
         torch.cuda.current_stream(self.device).wait_event(room.filled)
@@ -240,6 +286,7 @@ class CardTransfer(Transfer):
     def settle(self) -> None:
         # the rooms are the computing stream's own memory: with this, whoever gets it next comes after the copies
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        torch.cuda.current_stream(self.device).wait_stream(self._back)
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
@@ -254,13 +301,14 @@ class CardTransfer(Transfer):
                 torch.zeros(1, device=self.device)
             raise DoesNotFit(
                 f"{pinned / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
-                f"offload=disk or offload=none."
+                f"offload=disk or offload=none, and decode=frame or decode=tile:PX in place of decode=ram."
             )
         self._pinned_bytes += pinned
         weakref.finalize(owner, self._unpin, address, pinned).atexit = False  # a process that ends has nothing to unpin
 
     def _unpin(self, address: int, bytes: int) -> None:
         self._stream.synchronize()
+        self._back.synchronize()
         self._runtime.cudaHostUnregister(address)
         self._pinned_bytes -= bytes
 
@@ -279,6 +327,16 @@ class NoTransfer(Transfer):
 
     def copy(self, slab: Slab, room: Room) -> None:
         self.moved_bytes += slab.bytes
+
+    def piece(self, bytes: int) -> Piece:
+        self.pieces_bytes += bytes
+        return Piece(torch.empty(0, dtype=torch.uint8))
+
+    def send(self, tensor: torch.Tensor, piece: Piece) -> None:
+        self.returned_bytes += tensor.nbytes
+
+    def put_piece(self, piece: Piece, bytes: int, room: Room, at: int) -> None:
+        pass
 
     def point(self, slab: Slab, room: Room | None) -> None:
         pass

@@ -1,48 +1,73 @@
-"""The VAE piece by piece: one frame after the other, and for Wan one tile of the pictures after the other.
+"""The VAE piece by piece: one frame after the other, what its layers remember in RAM, or one tile after the other.
 
 Frames leave the VAE as they are made, whatever the setting: that is how the families decode. With `frame` the layers
 behind the first see one frame at a time in place of the two or four that a latent frame grows to; their memories make
-that the same. With `tile` the time goes by inside of every tile. Tiles have the halo that the convolutions need, so
-that they equal the whole (`families/pieces.py`). Where norms are over a whole picture, as EasyAnimate's, none can.
+that the same. With `ram` these memories are on the card for the few layers at work only (`families/pieces.py`). With
+`tile` the time goes by inside of every tile. Tiles have the halo that the convolutions need, so that they equal the
+whole. Where norms are over a whole picture, as EasyAnimate's, none can.
 
 Wan's convolutions pad their input by a copy of it. In pieces the convolution itself pads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from torch import nn
 from torch.nn import functional
 
 from framefit.errors import UsageError
-from framefit.families.parts import Parts
+from framefit.families.parts import Parts, weights
 from framefit.families.pieces import Pieces
+from framefit.ledger.shelf import Shelf
+from framefit.ledger.transfer import transfer_for
+from framefit.passes.frames import hooked
 from framefit.plan import Decode
 
 __all__ = ["apply", "remove"]
 
-PADDING = "framefit.decode.padding"
+HOOK = "framefit.decode"
 
 
 def apply(parts: Parts, setting: Decode) -> None:
     """Raises `UsageError` where the VAE cannot be divided so."""
     if setting.value == "whole":
         return
-    if reason := _refusal(parts, tiled=bool(setting.tile_px)):
+    if reason := _refusal(parts, setting):
         raise UsageError(f"decode={setting.value} cannot be for {parts.checkpoint.id}: {reason}.")
-    parts.pieces = Pieces(one_by_one=not setting.tile_px, tile_px=setting.tile_px)
-    for module in parts["vae"].modules():
-        if isinstance(module, WanCausalConv3d):
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(_PadsItself(), PADDING)
+    vae, shelf = parts["vae"], None
+    if in_ram := setting.value == "ram":
+        shelf = partial(Shelf, transfer_for(parts.device, weights(vae)))
+    parts.pieces = Pieces(one_by_one=setting.value == "frame", tile_px=setting.tile_px, shelf=shelf)
+    for module, hook in list(hooked(vae) if in_ram else _padding(vae)):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    _in_place(vae, in_ram)
 
 
 def remove(parts: Parts) -> None:
     """As if this pass had never been applied."""
     parts.pieces = Pieces()
     for module in parts["vae"].modules():
-        if isinstance(module, WanCausalConv3d) and hasattr(module, "_diffusers_hook"):
-            module._diffusers_hook.remove_hook(PADDING, recurse=False)
+        if hasattr(module, "_diffusers_hook"):
+            module._diffusers_hook.remove_hook(HOOK, recurse=False)
+    _in_place(parts["vae"], False)
+
+
+def _padding(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
+    for module in vae.modules():
+        if isinstance(module, WanCausalConv3d):
+            yield module, _PadsItself()
+
+
+def _in_place(vae: nn.Module, now: bool) -> None:
+    """Whether activations overwrite their input, which a norm just made."""
+    for module in vae.modules():
+        if isinstance(module, nn.SiLU):
+            module.inplace = now
 
 
 class _PadsItself(ModelHook):  # type: ignore[misc]
@@ -60,13 +85,13 @@ class _PadsItself(ModelHook):  # type: ignore[misc]
         return functional.conv3d(x, module.weight, module.bias, module.stride, (0, rows, columns))
 
 
-def _refusal(parts: Parts, *, tiled: bool) -> str | None:
+def _refusal(parts: Parts, setting: Decode) -> str | None:
     kind = type(parts["vae"]).__name__
     if kind == "AutoencoderKL":
         return "its VAE takes single frames already, use decode=whole"
     if kind == "AutoencoderKLMagvit":
         if not parts["vae"].config.spatial_group_norm:
             return "its VAE's norms are over several frames, use decode=whole"
-        if tiled:
-            return "its VAE's norms are over whole pictures, use decode=frame"
+        if setting.tile_px:
+            return "its VAE's norms are over whole pictures, use decode=frame or decode=ram"
     return None

@@ -39,11 +39,15 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
-        return ("whole", "tile:512", "tile:256", "tile:128")  # tiles move fewer bytes than whole pictures one by one
-    return ("whole", "frame") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
+        tiles = ("tile:512", "tile:256", "tile:128")  # they move fewer bytes than whole pictures one by one
+        # the 5B's VAE sees one pixel in four: halos as many of its pixels wide cost more than memories that move
+        return ("whole", "ram", *tiles) if checkpoint["vae"].config.get("is_residual") else ("whole", *tiles)
+    return ("whole", "frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
 
 
 def _divides(plan: Plan, value: str) -> bool:
+    if value == "ram":
+        return plan.device.id != "cpu"  # where all is in RAM, nothing is spared
     return Decode(value=value).tile_px < max(plan.request.width, plan.request.height)
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from framefit.families import Checkpoint, family_of
@@ -29,6 +29,8 @@ from framefit.families.parts import weights as weights_of
 from framefit.families.pieces import Tile
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak
+from framefit.ledger.shelf import Shelf
+from framefit.ledger.transfer import Transfer, transfer_for
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.passes.window import fused
@@ -91,7 +93,8 @@ def followed(
     workspace = _cudnn if plan.device.id != "cpu" else lambda *_: 0
     live = Live(_tensors(parts), lambda: at_work[-1] if at_work else "", workspace)
     tally = Tally(card=plan.device.id != "cpu")
-    way = _Way(parts, plan, live, tally, known)
+    transfer = transfer_for(parts.device, _tensors(parts))
+    way = _Way(parts, plan, live, tally, known, transfer)
     moving = {module: sizes for each in cuts.values() for module, sizes in each.modules.items()}
     with ExitStack() as stack:
         stack.enter_context(_fakeness(parts))
@@ -100,7 +103,9 @@ def followed(
         if "vae" in parts:
             stack.enter_context(_steady(parts["vae"], live, tally))
         stack.enter_context(chunks.once(tally))
-        parts.pieces = replace(parts.pieces, each=partial(_one_for_all, tally))
+        parts.pieces = replace(
+            parts.pieces, each=partial(_one_for_all, tally), shelf=parts.pieces.shelf and partial(Shelf, transfer)
+        )
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
@@ -109,6 +114,7 @@ def followed(
         replace(
             _phase(name, placed(parts, weights, standing, way.used[name]), peak, tally.phases.get(name, Counts())),
             pieces={part: cuts[part].pieces for part in way.used[name] if part in cuts}, gives=way.gave.get(name, {}),
+            shelf_bytes=way.shelved.get(name, 0),
         )
         for name, peak in live.phases.items()
     )  # fmt: skip
@@ -123,16 +129,24 @@ class _Way:
     live: Live
     tally: Tally
     known: Mapping[str, Given]
+    transfer: Transfer
+    """Of what lies in RAM between two uses."""
     used: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Phase -> the components that it needs."""
     gave: dict[str, Given] = field(default_factory=dict)
+    shelved: dict[str, int] = field(default_factory=dict)
+    """Phase -> bytes of RAM in which tensors lie between two uses."""
 
     @contextmanager
     def _phase(self, name: str, *needs: str) -> Iterator[None]:
         self.used[name] = needs
+        before = self.transfer.moved_bytes, self.transfer.returned_bytes, self.transfer.pieces_bytes
         with self.live.phase(name), self.tally.phase(name):
             self.parts.use(*needs)
             yield
+            self.tally.move("host_to_device", self.transfer.moved_bytes - before[0])
+            self.tally.move("device_to_host", self.transfer.returned_bytes - before[1])
+        self.shelved[name] = self.transfer.pieces_bytes - before[2]
 
     def _given(self, name: str, needs: Sequence[str], call: Callable[[], Tensors]) -> Tensors:
         """What an encoding gives: from a call, or where it was called before like that, without contents."""
@@ -316,11 +330,10 @@ def _steady(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
 
 
 def _units(vae: nn.Module) -> Iterator[nn.Module]:
-    """What a way through a video calls: children, those of the encoder and decoder, and the blocks of their rows."""
+    """What a way through a video calls: whatever is made of others, and the children of the encoder and decoder."""
     for child in vae.children():
-        yield child
-        for inner in child.children():
-            yield from inner if isinstance(inner, nn.ModuleList) else (inner,)
+        yield from child.children()
+        yield from (module for module in child.modules() if next(module.children(), None))
 
 
 def _one_for_all(tally: Tally, tiles: Sequence[Tile]) -> Iterator[Tile]:
@@ -351,13 +364,25 @@ def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tall
     if last.times > 2:
         live.rose(last.rise)
         counts.add(last.counts)
-        return tree_map_only(torch.Tensor, lambda meta: torch.empty_like(meta, device="cpu"), last.result)
+        return tree_map_only(torch.Tensor, lambda meta: _like(meta, "cpu"), last.result)
     before = counts.copy()
     with live.rise() as rise:
         result = forward(*args, **kwargs)
     last.rise, last.counts = rise, counts.since(before)
-    last.result = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), result)
+    last.result = tree_map_only(torch.Tensor, lambda tensor: _like(tensor, "meta"), result)
     return result
+
+
+def _like(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """Of zeros, where it has contents; what was one in memory for several, as an expanded frame, is so again."""
+    if 0 in tensor.stride():
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    else:
+        made = torch.empty_like(tensor, device=device)
+    if not made.is_meta and not isinstance(made, FakeTensor):
+        with _disable_current_modes():  # the program does no such thing
+            made.untyped_storage().fill_(0)  # type: ignore[attr-defined]
+    return made
 
 
 def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace:

@@ -135,8 +135,8 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
         name=trace.name,
         seconds=_seconds(trace, plan, checkpoint, known),
         peak_vram_bytes=weights + _reserved(trace, known) if on_card else 0,
-        host_bytes=trace.host_bytes + video + (0 if on_card else weights + trace.peak_bytes),
-        pinned_bytes=trace.pinned_bytes if on_card else 0,
+        host_bytes=trace.host_bytes + trace.shelf_bytes + video + (0 if on_card else weights + trace.peak_bytes),
+        pinned_bytes=trace.pinned_bytes + trace.shelf_bytes if on_card else 0,
         disk_bytes=trace.disk_bytes,
         held=dict(sorted(held.items(), key=lambda each: -each[1])[:NAMED]),
     )
@@ -158,7 +158,8 @@ def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates
     if work is None:
         return None
     times = steps_of(plan.request, checkpoint).get(trace.name.removeprefix("denoise:"), 1)
-    step = _beside(work, trace.bytes["host_to_device"], plan.offload, known)
+    # what lies in RAM comes from there wherever weights are
+    step = _beside(work, trace.bytes["host_to_device"], "none" if trace.shelf_bytes else plan.offload, known)
     begin = _copied(trace.onload_bytes, plan.offload, known)
     return begin + times * step
 

@@ -43,6 +43,8 @@ class PhaseTrace:
     """Of weights that come to the device when the phase begins; what streams is in `bytes`."""
     disk_bytes: int = 0
     """Of weights in temporary files."""
+    shelf_bytes: int = 0
+    """Of RAM, pinned, in which what a VAE remembers lies."""
     peak_bytes: int
     """Of everything else on the device, when it is most."""
     held: Mapping[str, int]

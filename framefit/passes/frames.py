@@ -1,0 +1,113 @@
+"""Layers of causal VAEs over one frame at a time, whose memories are the frames themselves: nothing is copied.
+
+Each hook restates the forward of a module of diffusers 0.42 over the module's own children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from diffusers.models.autoencoders.autoencoder_kl_magvit import EasyAnimateCausalConv3d, EasyAnimateUpsampler3D
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
+from torch import nn
+
+from framefit.families.magvit_vae import SEEN
+from framefit.passes.strips import enlarged, halved, over_frames
+
+__all__ = ["hooked"]
+
+
+def hooked(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
+    """The modules of a VAE that compute by these hooks."""
+    for module in vae.modules():
+        if kind := HOOKS.get(type(module)):
+            yield module, kind()
+        if isinstance(module, WanResample) and isinstance(module.resample, nn.Sequential):
+            yield module.resample, _WanResampling()
+
+
+class _MagvitConvolution(ModelHook):  # type: ignore[misc]
+    """Before the first frame was that frame. Of a convolution that halves time, fewer are remembered."""
+
+    def new_forward(self, module: EasyAnimateCausalConv3d, x: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        own = _frames(x)
+        before = module.prev_features or own[:1] * (module.kernel_size[0] - 1)
+        module.prev_features = _kept(module, [*before, *own])
+        return _convolved(module, [*before, *own], module.padding[1:], scale)
+
+
+class _MagvitUpsampler(ModelHook):  # type: ignore[misc]
+    """Its convolution enlarges what it sees, and remembers it small. Where one frame becomes two, they share memory."""
+
+    def new_forward(self, module: EasyAnimateUpsampler3D, x: torch.Tensor) -> torch.Tensor:
+        x = module.conv(x, scale=2)
+        if not module.temporal_upsample:
+            return x
+        seen, module.prev_features = module.prev_features, SEEN
+        return x if seen is None else x.expand(-1, -1, 2 * x.shape[2], -1, -1)
+
+
+class _WanConvolution(ModelHook):  # type: ignore[misc]
+    """Before the first frame is nothing. What is given to remember are frames, or one tensor of them."""
+
+    def new_forward(self, module: WanCausalConv3d, x: torch.Tensor, cache_x: Any = None) -> torch.Tensor:
+        columns, _, rows, _, before, _ = module._padding
+        past = _frames(cache_x) if isinstance(cache_x, torch.Tensor) else cache_x or []
+        past = past if before else []
+        return _convolved(module, [*[None] * (before - len(past)), *past, *_frames(x)], (rows, columns))
+
+
+class _WanResidual(ModelHook):  # type: ignore[misc]
+    def new_forward(
+        self, module: WanResidualBlock, x: torch.Tensor, feat_cache: list[Any], feat_idx: list[int]
+    ) -> torch.Tensor:
+        shortcut = module.conv_shortcut(x)
+        for norm, convolution in ((module.norm1, module.conv1), (module.norm2, module.conv2)):
+            x = module.nonlinearity(norm(x))
+            before = feat_cache[feat_idx[0]] or [None] * (convolution.kernel_size[0] - 1)
+            feat_cache[feat_idx[0]] = _kept(convolution, [*before, *_frames(x)])
+            feat_idx[0] += 1
+            x = convolution(x, before)
+            del before
+        return x.add_(shortcut)
+
+
+class _WanResampling(ModelHook):  # type: ignore[misc]
+    """Twice as large or half as large, and a convolution."""
+
+    def new_forward(self, module: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        first, convolution = module
+        assert isinstance(convolution, nn.Conv2d)
+        if isinstance(first, nn.ZeroPad2d):
+            return halved(convolution, x)
+        return enlarged(first, convolution, x)
+
+
+HOOKS: dict[type[nn.Module], type[ModelHook]] = {
+    EasyAnimateCausalConv3d: _MagvitConvolution,
+    EasyAnimateUpsampler3D: _MagvitUpsampler,
+    WanCausalConv3d: _WanConvolution,
+    WanResidualBlock: _WanResidual,
+}
+
+
+def _frames(x: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.split(x, 1, dim=2))
+
+
+def _kept(convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Of the frames that it has seen, those that it needs again."""
+    kept = convolution.stride[0] - convolution.kernel_size[0]
+    return [frame if frame is None else frame.contiguous() for frame in seen[kept:]]
+
+
+def _convolved(
+    convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None], padding: tuple[int, int], scale: int = 1
+) -> torch.Tensor:
+    over, stride = convolution.kernel_size[0], convolution.stride[0]
+    starts = range(0, len(seen) - over + 1, stride)
+    made = [over_frames(convolution, seen[i : i + over], padding, scale) for i in starts]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=2)

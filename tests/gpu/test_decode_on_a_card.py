@@ -1,0 +1,114 @@
+"""On a card: a VAE whose memories lie in RAM makes the same video, in the memory that was said, and the copies hide."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from framefit.device import Device
+from framefit.families import CHECKPOINTS, magvit_vae, wan_vae
+from framefit.families.parts import Parts
+from framefit.passes import decode
+from framefit.plan import Decode
+from framefit.planning import choose, dryrun
+from framefit.request import Request
+from framefit.testing import random_parts, randomise
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"),
+]
+
+CARD = torch.device("cuda:0")
+WAYS = {"wan2.2-i2v-a14b": wan_vae, "wan2.2-ti2v-5b": wan_vae, "easyanimate-v5.1-7b-inp": magvit_vae}
+SIZES = {
+    "wan2.2-i2v-a14b": (832, 480, 33),
+    "wan2.2-ti2v-5b": (1280, 704, 33),
+    "easyanimate-v5.1-7b-inp": (1344, 768, 33),
+}
+
+
+@pytest.fixture(autouse=True)
+def exactly() -> Iterator[None]:
+    """fp32 that is fp32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    with torch.no_grad():
+        yield
+    torch.backends.cudnn.allow_tf32 = before
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def vae_of(id: str, dtype: torch.dtype) -> Parts:
+    parts = random_parts(CHECKPOINTS[id], dtype=dtype, device=CARD, models=("vae",))
+    assert isinstance(parts["vae"], nn.Module)
+    randomise(parts["vae"], torch.Generator(CARD).manual_seed(0))
+    return parts
+
+
+def latents_of(parts: Parts, size: tuple[int, int, int]) -> torch.Tensor:
+    vae = parts["vae"]
+    width, height, frames = (
+        size[0] // vae.spatial_compression_ratio,
+        size[1] // vae.spatial_compression_ratio,
+        size[2],
+    )
+    channels = getattr(vae.config, "z_dim", None) or vae.config.latent_channels
+    generator = torch.Generator(CARD).manual_seed(1)
+    shape = 1, channels, (frames - 1) // 4 + 1, height, width
+    return torch.randn(shape, generator=generator, device=CARD, dtype=vae.dtype)
+
+
+def decoded(parts: Parts, latents: torch.Tensor) -> tuple[torch.Tensor, int, float]:
+    """Frames, bytes allocated at the peak and seconds."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(CARD)
+    torch.cuda.synchronize(CARD)
+    began = time.perf_counter()
+    way = WAYS[parts.checkpoint.id]
+    frames = torch.cat([chunk.clone() for chunk in way.decoded(parts["vae"], latents, parts.pieces)])
+    return frames, torch.cuda.max_memory_allocated(CARD), time.perf_counter() - began
+
+
+@pytest.mark.parametrize("id", WAYS)
+def test_memories_in_ram_change_nothing(id: str) -> None:
+    parts = vae_of(id, torch.float32)
+    latents = latents_of(parts, (256, 256, 21))
+    known, _, _ = decoded(parts, latents)
+    decode.apply(parts, Decode(value="ram"))
+    for _ in range(3):
+        frames, _, _ = decoded(parts, latents)
+        assert (frames.int() - known.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("id", WAYS)
+def test_it_takes_what_was_said_and_its_copies_hide(id: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 64)).save(photo)
+    width, height, num_frames = SIZES[id]
+    row = CHECKPOINTS[id]
+    request = Request(image=photo, prompt="-", model=id, width=width, height=height, num_frames=num_frames, seed=1)
+    found = {}
+    for value in ("frame", "ram"):
+        plan = choose(request, row, Device.detect("cuda"), photo_size=(64, 64), settings={"decode": value})
+        said = next(phase for phase in dryrun.trace(plan, row) if phase.name == "decode")
+        parts = vae_of(id, torch.bfloat16 if id.startswith("easyanimate") else torch.float32)
+        decode.apply(parts, Decode(value=value))
+        latents = latents_of(parts, SIZES[id])
+        decoded(parts, latents)
+        _, peak, seconds = decoded(parts, latents)
+        found[value] = peak, seconds
+        assert peak < 1.05 * (said.peak_bytes + sum(said.weights_bytes.values())), value
+        del parts
+    assert found["ram"][0] < 0.75 * found["frame"][0]
+    assert found["ram"][1] < 2 * found["frame"][1]
