@@ -44,12 +44,12 @@ Make = Callable[..., Plan]
 
 
 @pytest.fixture(scope="module")
-def row(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+def row(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Experts of five blocks."""
     with pytest.MonkeyPatch.context() as patch:
         small = {**testing.TINY["WanTransformer3DModel"], "num_layers": 5}
         patch.setattr(testing, "TINY", {**testing.TINY, "WanTransformer3DModel": small})
-        yield save_tiny(A14B, tmp_path_factory.mktemp("deep"))
+        return save_tiny(A14B, tmp_path_factory.mktemp("deep"))
 
 
 @pytest.fixture
@@ -376,11 +376,11 @@ MEDIUM = {"num_attention_heads": 6, "attention_head_dim": 128, "ffn_dim": 3072, 
 
 
 @pytest.fixture(scope="module")
-def medium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+def medium(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     with pytest.MonkeyPatch.context() as patch:
         small = {**testing.TINY["WanTransformer3DModel"], **MEDIUM}
         patch.setattr(testing, "TINY", {**testing.TINY, "WanTransformer3DModel": small})
-        yield save_tiny(A14B, tmp_path_factory.mktemp("medium"))
+        return save_tiny(A14B, tmp_path_factory.mktemp("medium"))
 
 
 def measure(state_home: str, first: tuple[Plan, Checkpoint], plan: Plan, row: Checkpoint, told: Any) -> None:
