@@ -191,7 +191,7 @@ def _copied(bytes: int, offload: str, known: Rates) -> float:
 def _load(
     plan: Plan, checkpoint: Checkpoint, sizes: Mapping[str, int], kept: Mapping[str, int], pieces: Mapping[str, Pieces]
 ) -> PhaseEstimate:
-    """Components are read one after the other, shrunk to what is kept of them, and stay, or go to the device or to disk.
+    """Components are read one by one, shrunk to what is kept of them, and stay, or go to the device or to disk.
 
     A denoiser is read, shrunk and put away block by block; of all others the libraries read the whole.
     """
