@@ -179,13 +179,7 @@ def load_parts(
     try:
         for row in checkpoint.components:
             with _translated(folder / row.name, row):
-                read: Read
-                if row.name in checkpoint.experts:
-                    filed = _filed(checkpoint, row, folder / row.name, dtype)
-                    parts.components[row.name], read = filed.model, partial(_read, filed, folder / row.name, row)
-                else:
-                    parts.components[row.name] = _load(row, folder / row.name, dtype)
-                    read = _all_read
+                parts.components[row.name], read = _begun(checkpoint, row, folder / row.name, dtype)
             arrived(parts, row.name, read)
             read(None)
             if row.params and not on_host:
@@ -196,10 +190,15 @@ def load_parts(
     return parts
 
 
-def _load(row: Component, folder: Path, dtype: torch.dtype) -> Any:
-    if not row.params:
-        return _class(row).from_pretrained(folder, local_files_only=True)
-    return _load_model(row, folder, torch.float32 if row.keep_fp32 else dtype).eval()
+def _begun(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> tuple[Any, Read]:
+    """A component, and what reads the rest of it."""
+    if row.name in checkpoint.experts:
+        filed = _filed(checkpoint, row, folder, dtype)
+        return filed.model, partial(_read, filed, folder, row)
+    if row.params:
+        model = _load_model(row, folder, torch.float32 if row.keep_fp32 else dtype).eval()
+        return model, lambda names: None
+    return _class(row).from_pretrained(folder, local_files_only=True), lambda names: None
 
 
 def _filed(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> Filed:
@@ -212,10 +211,6 @@ def _filed(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dt
 def _read(filed: Filed, folder: Path, row: Component, names: Collection[str] | None) -> None:
     with _translated(folder, row):
         filed.read(names)
-
-
-def _all_read(names: Collection[str] | None) -> None:
-    pass
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Split:
 def finished(
     model: nn.Module, level: str, kept: int, finish: Callable[[Collection[str]], None]
 ) -> Iterator[Sequence[torch.Tensor]]:
-    """Every piece as `finish`, called with the names of its parameters, leaves it; none is before it is its turn."""
+    """Every piece of a model as `finish`, called with the names of its parameters in its turn, leaves it."""
 
     def piece(index: int) -> Sequence[torch.Tensor]:
         return list(Split.of(model, level, kept).pieces())[index]

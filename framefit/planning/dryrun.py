@@ -186,9 +186,10 @@ class _Way:
 
 
 def _twins(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
-    """Expert -> the one before it that has the same blocks and as much to do, so that its trace differs by the name.
+    """Expert -> the one before it that is built alike and does as much, so that its trace differs by the name.
 
-    None where weights are moved: there, a phase knows of all that are."""
+    None where weights are moved: there every phase knows of all of them.
+    """
     if plan.offload != "none":
         return {}
     likeness = {
@@ -200,8 +201,8 @@ def _twins(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _without(twins: Collection[str], plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, Checkpoint]:
-    kept = zip(checkpoint.experts, plan.request.guidance, strict=True)
-    guidance = tuple(scale for name, scale in kept if name not in twins)
+    scales = zip(checkpoint.experts, plan.request.guidance, strict=True)
+    guidance = tuple(scale for name, scale in scales if name not in twins)
     components = tuple(each for each in checkpoint.components if each.name not in twins)
     return replace(plan, request=replace(plan.request, guidance=guidance)), replace(checkpoint, components=components)
 
