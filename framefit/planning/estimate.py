@@ -202,7 +202,8 @@ def _load(
     read = dict(sizes)
     for name in checkpoint.experts:
         block = together(pieces[name]) if name in pieces else kept[name]
-        read[name] = block * sizes[name] // kept[name] + (kept[name] if stays else block)
+        unshrunk = block * sizes[name] // kept[name]
+        read[name] = kept[name] - block + unshrunk if stays else unshrunk + block * on_disk
     before = accumulate((kept[name] for name in sizes), initial=0) if stays else repeat(0)
     host = max(read[name] + there for name, there in zip(sizes, before, strict=False))
     return PhaseEstimate(
