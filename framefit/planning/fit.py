@@ -56,7 +56,7 @@ class Option:
         of them could help."""
         free, on_card = self.plan.estimate.free_bytes, self.plan.device.id != "cpu"
         weights = (sum(trace.weights_bytes.values()) for trace in self.traces)
-        return (on_card and max(weights) > free) or not (self.plan.host_fits and self.plan.disk_fits)
+        return (on_card and max(weights) > free) or self.plan.lacks("host") or self.plan.lacks("disk")
 
 
 def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
