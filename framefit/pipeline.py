@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,8 +25,8 @@ from framefit import photo
 from framefit.checkpoint import State
 from framefit.errors import Cancelled, NotFinite
 from framefit.families import Checkpoint, family_of, hub, lora
-from framefit.families.files import check_headers
-from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors, load_parts
+from framefit.families.files import Shapes, check_headers
+from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Read, Tensors, load_parts
 from framefit.ledger import Ledger
 from framefit.ledger.shortage import Shortage
 from framefit.passes import apply_all, change, chunk, offload, quantize
@@ -93,9 +93,10 @@ def load(
 
 
 def _loaded(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Parts:
+    needed = lora.shapes(checkpoint) if plan.request.loras else {}
     parts = load_parts(
         checkpoint, folder, dtype=PRECISIONS[plan.precision], device=torch.device(plan.device.id),
-        on_host=plan.offload != "none", arrived=partial(_arrived, plan),
+        on_host=plan.offload != "none", arrived=partial(_arrived, plan, needed),
     )  # fmt: skip
     try:
         return apply_all(parts, plan)
@@ -104,18 +105,24 @@ def _loaded(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Parts:
         raise
 
 
-def _arrived(plan: Plan, parts: Parts, name: str) -> None:
-    """What is done to a component before the next one is read, so that not all of them need be in memory at once."""
-    if name in parts.checkpoint.experts:
-        lora.merge_one(parts, name, plan.request.loras)
-    for setting in plan.settings:
-        alone = Parts(parts.checkpoint, {name: parts[name]}, parts.device)
-        if isinstance(setting, Quantize):
-            quantize.apply(alone, setting)
-        if isinstance(setting, Chunk):  # it says what is asked for at once, and so what lies together in a file
-            chunk.apply(alone, setting)
-        if isinstance(setting, Offload):
-            offload.keep(parts, name, setting)
+def _arrived(plan: Plan, needed: Mapping[str, Shapes], parts: Parts, name: str, read: Read) -> None:
+    """A component piece by piece: read, its LoRAs added, shrunk, and written where weights are to be on disk; so that
+    not all of a denoiser, nor all components, need be in memory at once."""
+    alone = Parts(parts.checkpoint, {name: parts[name]}, parts.device)
+    settings = {type(setting): setting for setting in plan.settings}
+    if isinstance(rows := settings.get(Chunk), Chunk):  # they say what is asked for at once, and so what lies together
+        chunk.apply(alone, rows)
+    loras = plan.request.loras if name in parts.checkpoint.experts else ()
+    with lora.merging(parts, name, loras, needed) as merge:
+
+        def finish(names: Collection[str]) -> None:
+            read(names)
+            merge(names)
+            if isinstance(stored := settings.get(Quantize), Quantize):
+                quantize.apply(alone, stored, names)
+
+        place = settings.get(Offload)
+        offload.keep(parts, name, place if isinstance(place, Offload) else Offload(value="none"), finish)
 
 
 class Pipeline:

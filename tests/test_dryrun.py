@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from framefit.device import Device
-from framefit.families import CHECKPOINTS, Checkpoint
+from framefit.families import CHECKPOINTS, Checkpoint, wan
 from framefit.families.parts import Parts, load_parts
 from framefit.ledger.live import Live, block_bytes
 from framefit.passes import apply_all
@@ -80,6 +80,34 @@ def test_a_dry_run_holds_and_does_what_a_run_does(id: str, guidance: str, photo:
 def legal(row: Checkpoint) -> Checkpoint:
     """Tiny models take tiny frames."""
     return replace(row, sizes=replace(row.sizes, min_side=32, multiple=16))
+
+
+def test_experts_that_are_alike_are_traced_once(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = legal(tiny_row("wan2.2-i2v-a14b"))
+    called: list[str] = []
+    predict = wan.predict
+
+    def spied(parts: Parts, expert: str, *rest: Any) -> Any:
+        called.append(expert)
+        return predict(parts, expert, *rest)
+
+    monkeypatch.setattr(wan, "predict", spied)
+    plan = plan_of(row, photo, (64, 64, 5), settings={"guidance": "together"})
+    first, second = (phase for phase in dryrun.trace(plan, row) if phase.name.startswith("denoise"))
+    assert called == ["transformer"]
+    assert (second.name, set(second.pieces)) == ("denoise:transformer_2", {"transformer_2"})
+    assert any("in transformer_2." in what for what in second.held)
+    assert (first.flops, first.peak_bytes) == (second.flops, second.peak_bytes)
+    called.clear()
+    *_, two, one, _ = dryrun.trace(replace(plan, request=replace(plan.request, guidance=(3.5, 1.0))), row)
+    assert sum(two.flops.values()) > 1.5 * sum(one.flops.values()), "two branches, and one"
+    other = {**row["transformer_2"].config, "num_layers": 1}
+    mixed = replace(
+        row, components=tuple(replace(c, config=other) if c.name == "transformer_2" else c for c in row.components)
+    )
+    called.clear()
+    dryrun.trace(plan, mixed)
+    assert called == ["transformer", "transformer_2"]
 
 
 def test_guidance_apart_halves_what_it_holds(photo: Path) -> None:

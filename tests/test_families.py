@@ -13,7 +13,7 @@ import torch
 from framefit.errors import BadInput, ModelMissing
 from framefit.families import CHECKPOINTS, Checkpoint, Sizes, easyanimate_v5, find, recognise, soundness
 from framefit.families.files import fingerprint, header
-from framefit.families.parts import Parts, build
+from framefit.families.parts import Parts, build, load_parts
 from framefit.testing import save_tiny
 
 PUBLISHED = {
@@ -112,7 +112,8 @@ def test_folders_that_cannot_run_are_named_for_what_they_are(tmp_path: Path, fil
 
 
 def test_the_other_easyanimate_generation_is_named(tmp_path: Path, tiny: Callable[[str], Checkpoint]) -> None:
-    v51, v5 = tiny("easyanimate-v5.1-7b-inp").folder, tiny("easyanimate-v5-7b-zh-inp").folder
+    v51, v5_row = tiny("easyanimate-v5.1-7b-inp").folder, tiny("easyanimate-v5-7b-zh-inp")
+    v5 = v5_row.folder
     assert v51 is not None
     assert v5 is not None
     native = tmp_path / "native"
@@ -124,7 +125,9 @@ def test_the_other_easyanimate_generation_is_named(tmp_path: Path, tiny: Callabl
     shutil.copytree(v5, renamed)
     config = json.loads((renamed / "transformer" / "config.json").read_text())
     assert config["text_embed_dim_t5"] == 16
-    easyanimate_v5.load_transformer(renamed / "transformer", torch.float32).save_pretrained(renamed / "transformer")
+    load_parts(v5_row, v5, dtype=torch.float32, device=torch.device("cpu"))["transformer"].save_pretrained(
+        renamed / "transformer"
+    )
     with pytest.raises(ModelMissing, match="V5 under diffusers' names"):
         recognise(renamed)
 

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 from framefit.errors import Cancelled, NotFinite
 from framefit.families import CHECKPOINTS, Checkpoint, easyanimate, easyanimate_v5, wan
+from framefit.families.filed import Filed
 from framefit.families.parts import Parts, load_parts
 from framefit.ledger import Ledger
 from framefit.passes import apply_all
@@ -318,6 +320,8 @@ def test_the_yaml_of_easyanimate_v5_wins_over_its_config(tiny: Tiny, tmp_path: P
     stored = json.loads((folder / "config.json").read_text())
     wrong = {"after_norm": True, "enable_text_attention_mask": True, "clip_channels": None}
     (folder / "config.json").write_text(json.dumps(stored | wrong))
-    model = easyanimate_v5.load_transformer(folder, torch.float32)
+    files = list(folder.glob("*.safetensors"))
+    kind, config = diffusers.EasyAnimateTransformer3DModel, easyanimate_v5.config(folder)
+    model = Filed.of(kind, config, files, torch.float32, easyanimate_v5.rename).model
     assert model.config.after_norm is False
     assert model.config.enable_text_attention_mask is False

@@ -21,6 +21,7 @@ from framefit.passes import apply_all, offload, quantize
 from framefit.pipeline import Pipeline, load
 from framefit.plan import Plan, Quantize
 from framefit.planning import dryrun, estimate, estimated
+from framefit.planning.phase import Pieces
 from framefit.request import Lora
 from framefit.testing import random_parts, save_tiny
 from framefit.verify import tier_of
@@ -302,13 +303,15 @@ def test_what_reading_takes_is_said(wide: Wide, make_plan: Make) -> None:
     kept = {part.name: bytes_of(parts, part.name) for part in row.components if part.params}
     assert plan.estimate.weights_bytes == pytest.approx(sum(kept.values()), rel=0.2)  # in blocks of 512 bytes
     assert plan.estimate.weights_bytes < make_plan(row).estimate.weights_bytes
-    sizes = {"a": 10, "b": 100, "c": 20}
-    for settings, expected in (({}, (0, 10 + 50 + 20)), ({"offload": "part"}, (0, 110))):
-        card = replace(plan.device, id="cuda:0")
-        loading = estimate._load(
-            replace(make_plan(row, settings=settings), device=card), sizes, {"a": 10, "b": 50, "c": 20}
-        )
-        assert (loading.peak_vram_bytes, loading.host_bytes) == ((80, 100) if not settings else expected)
+    sizes = {"text_encoder": 10, "transformer": 100, "transformer_2": 20}
+    blocks = {"transformer": Pieces(bytes=50, tables_bytes=0, blocks=(10,) * 5, layers=(10,) * 5)}
+    for level, pieces, expected in (
+        ("none", {}, (80, 100)), ("part", {}, (0, 110)), ("disk", {}, (0, 150)),
+        ("none", blocks, (80, 20)), ("part", blocks, (0, 80)), ("disk", blocks, (0, 40)),
+    ):  # fmt: skip
+        there = replace(make_plan(row, settings={"offload": level}), device=replace(plan.device, id="cuda:0"))
+        loading = estimate._load(there, row, sizes, {**sizes, "transformer": 50}, pieces)
+        assert (loading.peak_vram_bytes, loading.host_bytes) == expected, (level, pieces)
 
 
 def test_it_is_near_where_it_is_on(wide: Wide, make_plan: Make) -> None:

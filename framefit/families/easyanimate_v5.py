@@ -11,12 +11,9 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["NATIVE_TO_DIFFUSERS", "config", "is_native", "load_transformer", "rename", "to_native"]
+__all__ = ["NATIVE_TO_DIFFUSERS", "config", "is_native", "rename", "to_native"]
 
 NATIVE_TO_DIFFUSERS = {
     "attn2.to_q": "attn1.add_q_proj",
@@ -57,22 +54,6 @@ def config(folder: Path) -> dict[str, Any]:
     known = inspect.signature(EasyAnimateTransformer3DModel.__init__).parameters
     stored = json.loads((folder / "config.json").read_text())
     return {key: value for key, value in (stored | YAML).items() if key in known}
-
-
-def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
-    """The diffusers class over the native weights in `folder`."""
-    import diffusers
-    import torch
-    from safetensors.torch import load_file
-
-    with torch.device("meta"):
-        cls: Any = diffusers.EasyAnimateTransformer3DModel
-        model = cls.from_config(config(folder))
-    weights = {
-        rename(k): v.to(dtype) for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
-    }
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model
 
 
 def to_native(folder: Path) -> None:

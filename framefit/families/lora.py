@@ -9,9 +9,10 @@ names its tensors is in `lora_file`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from framefit.families.lora_file import Change, opened, place
 from framefit.families.parts import Parts
 from framefit.request import Lora
 
-__all__ = ["check", "merge", "merge_one", "shapes"]
+__all__ = ["check", "merge", "merging", "shapes"]
 
 
 def shapes(checkpoint: Checkpoint) -> dict[str, Shapes]:
@@ -68,18 +69,26 @@ def merge(parts: Parts, loras: Sequence[Lora]) -> None:
     Raises:
         BadInput: a file that does not fit, or a sum beyond the range of the weights' precision.
     """
+    needed = shapes(parts.checkpoint) if loras else {}
     for expert in parts.checkpoint.experts:
         if expert in parts:
-            merge_one(parts, expert, loras)
+            with merging(parts, expert, loras, needed) as add:
+                add(None)
 
 
-@torch.no_grad()
-def merge_one(parts: Parts, expert: str, loras: Sequence[Lora]) -> None:
-    """As `merge`, for one denoiser; the others need not be there."""
+@contextmanager
+def merging(
+    parts: Parts, expert: str, loras: Sequence[Lora], needed: Mapping[str, Shapes]
+) -> Iterator[Callable[[Collection[str] | None], None]]:
+    """What does `merge` for some of the parameters of one denoiser, by name, each of them once; None: for all.
+
+    Args:
+        needed: `shapes` of the checkpoint.
+    """
     if not loras:
+        yield lambda names: None
         return
-    weights = dict(parts[expert].named_parameters())
-    needed = shapes(parts.checkpoint) | {expert: _shapes(parts[expert])}
+    needed = {**needed, expert: _shapes(parts[expert])}
     terms: dict[str, list[tuple[Any, Change, float]]] = {}
     with ExitStack() as files:
         for lora in sorted(loras, key=lambda lora: (lora.sha256 or "", lora.scale, lora.expert or "")):
@@ -88,15 +97,26 @@ def merge_one(parts: Parts, expert: str, loras: Sequence[Lora]) -> None:
             for change in place(lora, parts.checkpoint, needed):
                 if change.expert == expert:
                     terms.setdefault(change.parameter, []).append((stream, change, lora.scale))
-        for name, added in terms.items():
-            weight = weights[name]
-            total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            for stream, change, scale in added:
-                total += _delta(stream, change, scale, weight.device).reshape(weight.shape)
-            merged = (weight.float() + total).to(weight.dtype)
-            if not merged.isfinite().all():
-                raise BadInput(f"with its LoRAs {expert}.{name} exceeds {weight.dtype}: ask for a smaller scale.")
-            weight.data = merged  # not in place: a loader may hand out views of the model's file
+        yield partial(_add, parts[expert], expert, terms)
+
+
+@torch.no_grad()
+def _add(
+    model: torch.nn.Module,
+    expert: str,
+    terms: Mapping[str, Sequence[tuple[Any, Change, float]]],
+    names: Collection[str] | None,
+) -> None:
+    weights = dict(model.named_parameters())
+    for name in terms if names is None else terms.keys() & names:
+        weight = weights[name]
+        total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for stream, change, scale in terms[name]:
+            total += _delta(stream, change, scale, weight.device).reshape(weight.shape)
+        merged = (weight.float() + total).to(weight.dtype)
+        if not merged.isfinite().all():
+            raise BadInput(f"with its LoRAs {expert}.{name} exceeds {weight.dtype}: ask for a smaller scale.")
+        weight.data = merged  # not in place: a loader may hand out views of the model's file
 
 
 def _digest(lora: Lora) -> str:

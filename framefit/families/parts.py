@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,13 +17,15 @@ from PIL import Image
 from framefit.errors import FramefitError, ModelMissing
 from framefit.families import easyanimate_v5
 from framefit.families.checkpoint import Checkpoint, Component
+from framefit.families.filed import Filed
+from framefit.families.files import weight_files
 from framefit.families.pieces import Pieces
 from framefit.families.windows import Windows
 from framefit.request import ResolvedRequest
 
 __all__ = [
-    "IMAGE_ENCODERS", "PRECISIONS", "TEXT_ENCODERS", "Family", "Notice", "Parts", "Placement", "Tensors", "build",
-    "load_parts", "noise", "weights",
+    "IMAGE_ENCODERS", "PRECISIONS", "TEXT_ENCODERS", "Family", "Notice", "Parts", "Placement", "Read", "Tensors",
+    "build", "load_parts", "noise", "weights",
 ]  # fmt: skip
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -36,6 +39,9 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 Notice = Callable[[str], None]
 """Tells the user one sentence."""
+
+Read = Callable[[Collection[str] | None], None]
+"""Reads the parameters of these names, where they have not been; None: all."""
 
 
 @dataclass(slots=True)
@@ -159,21 +165,23 @@ def load_parts(
     dtype: torch.dtype,
     device: torch.device,
     on_host: bool = False,
-    arrived: Callable[[Parts, str], None] = lambda parts, name: None,
+    arrived: Callable[[Parts, str, Read], None] = lambda parts, name, read: None,
 ) -> Parts:
     """Read every component of a folder. Safetensors only, local files only, no remote code.
 
     Args:
         device: where they will compute.
         on_host: whether the weights go to the host, for a pass that moves them.
-        arrived: called with every component that has been read, on the host still, before the next one is.
+        arrived: called with every component, on the host still, before the next one is read, and with what reads
+            parameters of it; of a denoiser none is before that. What is left then is read at once.
     """
     parts = Parts(checkpoint, {}, device)
     try:
         for row in checkpoint.components:
             with _translated(folder / row.name, row):
-                parts.components[row.name] = _load(checkpoint, row, folder / row.name, dtype)
-            arrived(parts, row.name)
+                parts.components[row.name], read = _begun(checkpoint, row, folder / row.name, dtype)
+            arrived(parts, row.name, read)
+            read(None)
             if row.params and not on_host:
                 parts[row.name].to(device)
     except BaseException:
@@ -182,10 +190,27 @@ def load_parts(
     return parts
 
 
-def _load(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> Any:
-    if not row.params:
-        return _class(row).from_pretrained(folder, local_files_only=True)
-    return _load_model(checkpoint, row, folder, torch.float32 if row.keep_fp32 else dtype).eval()
+def _begun(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> tuple[Any, Read]:
+    """A component, and what reads the rest of it."""
+    if row.name in checkpoint.experts:
+        filed = _filed(checkpoint, row, folder, dtype)
+        return filed.model, partial(_read, filed, folder, row)
+    if row.params:
+        model = _load_model(row, folder, torch.float32 if row.keep_fp32 else dtype).eval()
+        return model, lambda names: None
+    return _class(row).from_pretrained(folder, local_files_only=True), lambda names: None
+
+
+def _filed(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> Filed:
+    kind, files = _class(row), weight_files(folder, row)[0]
+    if checkpoint.layout == "easyanimate-v5":
+        return Filed.of(kind, easyanimate_v5.config(folder), files, dtype, easyanimate_v5.rename)
+    return Filed.of(kind, kind.load_config(folder, local_files_only=True), files, dtype)
+
+
+def _read(filed: Filed, folder: Path, row: Component, names: Collection[str] | None) -> None:
+    with _translated(folder, row):
+        filed.read(names)
 
 
 @contextmanager
@@ -222,9 +247,7 @@ def noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.devi
     return torch.randn(shape, generator=generator).to(device)
 
 
-def _load_model(checkpoint: Checkpoint, row: Component, folder: Path, dtype: torch.dtype) -> Any:
-    if checkpoint.layout == "easyanimate-v5" and row.name == "transformer":
-        return easyanimate_v5.load_transformer(folder, dtype)
+def _load_model(row: Component, folder: Path, dtype: torch.dtype) -> Any:
     facts: dict[str, Any] = {"torch_dtype" if row.package == "diffusers" else "dtype": dtype}
     facts |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if row.package == "transformers":

@@ -12,7 +12,7 @@ What is computed, and on which bits, is the same. Streaming follows diffusers' g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -26,7 +26,7 @@ from framefit.families.parts import TEXT_ENCODERS, Parts, weights
 from framefit.ledger.disk import DiskTransfer
 from framefit.ledger.live import block_bytes
 from framefit.ledger.transfer import NoTransfer, Room, Slab, Transfer, transfer_for
-from framefit.passes.split import Split, blocks, rows
+from framefit.passes.split import Split, blocks, finished, rows
 from framefit.passes.stream import Stream, Unit
 from framefit.plan import Offload
 from framefit.scratch import Scratch
@@ -36,17 +36,30 @@ __all__ = ["Component", "Offloaded", "apply", "keep", "placed", "remove"]
 EMBEDDING = "framefit.offload.embedding"
 
 
-def keep(parts: Parts, name: str, setting: Offload) -> None:
-    """Where weights are to be on disk, write those of a component that has just been loaded: they leave the memory.
+def keep(
+    parts: Parts, name: str, setting: Offload, finish: Callable[[Collection[str]], None] = lambda names: None
+) -> None:
+    """Go through a component that is being loaded piece by piece; where weights are to be on disk, each is written, and
+    leaves the memory, before the next one is finished, and where all are to be on the device, each goes there.
+
+    Args:
+        finish: called with the names of a piece's parameters, before anything is done to it.
 
     Raises:
         DoesNotFit: the disk is full.
     """
-    if setting.level != "disk" or not isinstance(parts[name], nn.Module):
+    model = parts[name]
+    if not isinstance(model, nn.Module):
         return
-    placement = placed(parts) or _placement(parts, setting, transfer_for(parts.device))
-    parts.placement = placement
-    placement.keep(name, parts[name])
+    if setting.level == "disk":
+        placement = placed(parts) or _placement(parts, setting, transfer_for(parts.device))
+        parts.placement = placement
+        placement.keep(name, model, finish)
+        return
+    for tensors in finished(model, "block", 0, finish):
+        if setting.level == "none":
+            for tensor in tensors:
+                tensor.data = tensor.data.to(parts.device)
 
 
 def apply(parts: Parts, setting: Offload) -> None:
@@ -105,10 +118,10 @@ class Offloaded:
         self.in_use: tuple[str, ...] = ()
         self._experts, self._scratch = experts, scratch
 
-    def keep(self, name: str, model: nn.Module) -> None:
+    def keep(self, name: str, model: nn.Module, finish: Callable[[Collection[str]], None]) -> None:
         """Write them to disk, before passes that may change them are applied."""
         assert isinstance(self.transfer, DiskTransfer)
-        for tensors in Split.of(model, *self._how(name)).pieces():
+        for tensors in finished(model, *self._how(name), finish):
             self.transfer.keep(tensors)
 
     def take(self, models: Mapping[str, nn.Module]) -> None:

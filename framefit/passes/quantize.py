@@ -14,7 +14,7 @@ torchao's weight-only types do this too. Their tensor subclass cannot lie in a s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -34,8 +34,11 @@ CODES = torch.int8
 
 
 @torch.no_grad()
-def apply(parts: Parts, setting: Quantize) -> None:
+def apply(parts: Parts, setting: Quantize, among: Collection[str] | None = None) -> None:
     """Layer by layer, each one's weight freed before the next; what is in 8 bits already is left as it is.
+
+    Args:
+        among: names of parameters: layers whose weights are others wait for another call.
 
     Raises:
         UsageError: a denoiser or text encoder has no such layer.
@@ -51,8 +54,9 @@ def apply(parts: Parts, setting: Quantize) -> None:
                 f"quantize={setting.value} keeps the large linear layers of every denoiser and text encoder in 8 bits, "
                 f"and the {name} of {parts.checkpoint.id} has none: use quantize=none."
             )
+        names = {module: f"{path}.weight" for path, module in parts[name].named_modules()}
         for layer in layers:
-            if layer.weight.dtype != CODES:
+            if layer.weight.dtype != CODES and (among is None or names[layer] in among):
                 _store(layer, setting.value, parts.device)
     if parts.device.type == "cuda":
         torch.cuda.empty_cache()  # what this took, which the next phase would seem to hold

@@ -6,7 +6,7 @@ Units are found by what a model repeats, not by name: the outermost lists of mod
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from framefit.families.parts import weights
 from framefit.passes import chunk
 from framefit.streaming import spread
 
-__all__ = ["Split", "blocks", "rows"]
+__all__ = ["Split", "blocks", "finished", "rows"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,6 +59,20 @@ class Split:
     def table_weights(self) -> list[torch.Tensor]:
         """Once, where several modules share a table."""
         return list({id(table.weight): table.weight for table in self.tables}.values())
+
+
+def finished(
+    model: nn.Module, level: str, kept: int, finish: Callable[[Collection[str]], None]
+) -> Iterator[Sequence[torch.Tensor]]:
+    """Every piece of a model as `finish`, called with the names of its parameters in its turn, leaves it."""
+
+    def piece(index: int) -> Sequence[torch.Tensor]:
+        return list(Split.of(model, level, kept).pieces())[index]
+
+    for index in range(len(list(Split.of(model, level, kept).pieces()))):
+        there = {id(tensor) for tensor in piece(index)}
+        finish({name for name, parameter in model.named_parameters() if id(parameter) in there})
+        yield piece(index)
 
 
 def rows(model: nn.Module) -> list[nn.ModuleList]:

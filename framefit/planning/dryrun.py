@@ -8,6 +8,7 @@ Stages that were traced before are passed over: what they give to others is know
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
@@ -59,6 +60,8 @@ def trace(plan: Plan, checkpoint: Checkpoint, known: Mapping[str, Given] | None 
         known: stage -> what it gives, of those that are not traced again.
     """
     known = known or {}
+    twins = _twins(plan, checkpoint)
+    plan, checkpoint = _without(twins, plan, checkpoint)
     # where some blocks stay and some stream, no block stands for another
     whole = checkpoint.experts if any(isinstance(s, Offload) and s.kept for s in plan.settings) else ()
     settings = tuple(s for s in plan.settings if any(s.touches(stage) for stage in STAGES if stage not in known))
@@ -68,7 +71,8 @@ def trace(plan: Plan, checkpoint: Checkpoint, known: Mapping[str, Given] | None 
     parts, standing = _fake(checkpoint, PRECISIONS[plan.precision], models, whole)
     parts = apply_all(parts, replace(plan, settings=settings))
     weights = kept(parts, standing)
-    return followed(parts, plan, weights, standing, cut(parts, weights, standing), known)
+    found = followed(parts, plan, weights, standing, cut(parts, weights, standing), known)
+    return tuple(phase for each in found for phase in _for_twins(each, twins))
 
 
 def followed(
@@ -193,6 +197,41 @@ class _Way:
             with self._phase("decode", "vae"):
                 for chunk in family.decode(parts, family.settle(latents, conditioning)):
                     del chunk
+
+
+def _twins(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
+    """Expert -> the one before it that is built alike and does as much, so that its trace differs by the name.
+
+    None where weights are moved: there every phase knows of all of them.
+    """
+    if plan.offload != "none":
+        return {}
+    likeness = {
+        name: (checkpoint[name].class_name, json.dumps(checkpoint[name].config, default=str), scale > 1)
+        for name, scale in zip(checkpoint.experts, plan.request.guidance, strict=True)
+    }
+    first = {like: name for name, like in reversed(likeness.items())}
+    return {name: first[like] for name, like in likeness.items() if first[like] != name}
+
+
+def _without(twins: Collection[str], plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, Checkpoint]:
+    scales = zip(checkpoint.experts, plan.request.guidance, strict=True)
+    guidance = tuple(scale for name, scale in scales if name not in twins)
+    components = tuple(each for each in checkpoint.components if each.name not in twins)
+    return replace(plan, request=replace(plan.request, guidance=guidance)), replace(checkpoint, components=components)
+
+
+def _for_twins(phase: PhaseTrace, twins: Mapping[str, str]) -> Iterator[PhaseTrace]:
+    """A phase as it is with the weights of the twins, and where it is of one that has some, theirs."""
+    more = {twin: phase.weights_bytes[first] for twin, first in twins.items() if first in phase.weights_bytes}
+    phase = replace(phase, weights_bytes={**phase.weights_bytes, **more})
+    yield phase
+    for twin, first in twins.items():
+        if phase.name == f"denoise:{first}":
+            yield replace(
+                phase, name=f"denoise:{twin}", pieces={twin: phase.pieces[first]} if phase.pieces else {},
+                held={what.replace(f" in {first}", f" in {twin}"): bytes for what, bytes in phase.held.items()},
+            )  # fmt: skip
 
 
 def _models(stage: str, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -357,7 +396,7 @@ class _Last:
 
 
 def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tally, *args: Any, **kwargs: Any) -> Any:
-    shapes = tree_map_only(torch.Tensor, lambda tensor: (tuple(tensor.shape), tensor.dtype), (args, kwargs))
+    shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs))]
     last.times = last.times + 1 if shapes == last.shapes else 1
     last.shapes = shapes
     counts = tally.counts

@@ -20,7 +20,8 @@ from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Estimate, PhaseEstimate, Plan
 from framefit.planning.choose import component_bytes
-from framefit.planning.phase import PhaseTrace
+from framefit.planning.moved import together
+from framefit.planning.phase import PhaseTrace, Pieces
 from framefit.planning.traces import traced
 from framefit.rates import Rates
 from framefit.request import ResolvedRequest
@@ -60,13 +61,14 @@ def with_phases(plan: Plan, checkpoint: Checkpoint, traces: Sequence[PhaseTrace]
     known = rates.of(plan.device)
     sizes = component_bytes(checkpoint, plan.precision)
     kept = dict(sizes)
+    pieces = {name: each for trace in traces for name, each in trace.pieces.items()}
     if plan.quantize != "none":
-        kept |= {name: pieces.bytes for trace in traces for name, pieces in trace.pieces.items()}
+        kept |= {name: each.bytes for name, each in pieces.items()}
     phases = tuple(_phase(trace, plan, checkpoint, known) for trace in traces)
     return replace(
         plan, estimate=Estimate(
             weights_bytes=sum(kept.values()), free_bytes=plan.estimate.free_bytes,
-            phases=(_load(plan, sizes, kept), *phases), origin=_origin(known),
+            phases=(_load(plan, checkpoint, sizes, kept, pieces), *phases), origin=_origin(known),
         ),
     )  # fmt: skip
 
@@ -182,15 +184,24 @@ def _copied(bytes: int, offload: str, known: Rates) -> float:
     return known.copy_seconds("host_to_device", bytes) or 0.0
 
 
-def _load(plan: Plan, sizes: Mapping[str, int], kept: Mapping[str, int]) -> PhaseEstimate:
-    """Every component is read to the host whole, shrunk to what is kept of it, and moved or written to disk unless it
-    stays there."""
+def _load(
+    plan: Plan, checkpoint: Checkpoint, sizes: Mapping[str, int], kept: Mapping[str, int], pieces: Mapping[str, Pieces]
+) -> PhaseEstimate:
+    """Components are read one by one, shrunk to what is kept of them, and stay, or go to the device or to disk.
+
+    A denoiser is read, shrunk and put away block by block; of all others the libraries read the whole.
+    """
     held = {f"weights of the {name}": size for name, size in sorted(kept.items(), key=lambda each: -each[1])}
     on_disk = plan.offload == "disk"
     stays = (plan.device.id == "cpu" or plan.offload != "none") and not on_disk
     on_card = 0 if stays or on_disk else sum(kept.values())
+    read = dict(sizes)
+    for name in checkpoint.experts:
+        block = together(pieces[name]) if name in pieces else kept[name]
+        unshrunk = block * sizes[name] // kept[name]
+        read[name] = kept[name] - block + unshrunk if stays else unshrunk + block * on_disk
     before = accumulate((kept[name] for name in sizes), initial=0) if stays else repeat(0)
-    host = max(read + there for read, there in zip(sizes.values(), before, strict=False))
+    host = max(read[name] + there for name, there in zip(sizes, before, strict=False))
     return PhaseEstimate(
         name="load", seconds=None, peak_vram_bytes=on_card, host_bytes=host,
         disk_bytes=sum(kept.values()) if on_disk else 0, held=held,

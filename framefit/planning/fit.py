@@ -50,6 +50,14 @@ class Option:
             for phase in self.plan.estimate.phases
         )
 
+    @property
+    def too_heavy(self) -> bool:
+        """Whether its weights alone are too much for the card, or what RAM or the disk is to hold of them: only fewer
+        of them could help."""
+        free, on_card = self.plan.estimate.free_bytes, self.plan.device.id != "cpu"
+        weights = (sum(trace.weights_bytes.values()) for trace in self.traces)
+        return (on_card and max(weights) > free) or self.plan.lacks("host") or self.plan.lacks("disk")
+
 
 def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
     """`plan` with its estimate; where it does not fit, with the fastest settings that do, and a reason for each.
@@ -107,9 +115,11 @@ class _Search:
             options = self.options(rungs)
             fitting = [option for option in options if option.plan.feasible]
             best = min([*fitting, *([best] if best else [])], key=lambda option: option.cost, default=None)
+            lighter = any(each.moves_weights and rungs[i] + 1 < len(values) for i, (each, values) in enumerate(ladders))
+            hopeful = [o for o in options if (best is None or o.cost < best.cost) and (lighter or not o.too_heavy)]
             for i, (each, values) in enumerate(ladders):
                 further = (*rungs[:i], rungs[i] + 1, *rungs[i + 1 :])
-                open = [o for o in options if (best is None or o.cost < best.cost) and o.relieved_by(each)]
+                open = [o for o in hopeful if o.relieved_by(each)]
                 if further[i] < len(values) and further not in seen and open:
                     seen.add(further)
                     bound = max(least_s, min(_bound(option, each) for option in open))
@@ -117,8 +127,13 @@ class _Search:
         return best
 
     def leanest(self) -> Option:
-        """Of the last values of all types, where the weights lie so that least is needed."""
-        options = self.options(tuple(len(values) - 1 for _, values in self.ladders))
+        """Of the last values of all types, where the weights lie so that least is needed; where these are too heavy
+        everywhere, no other type's value matters, and the first ones stay."""
+        last = tuple(len(values) - 1 for _, values in self.ladders)
+        lightest = tuple(rung * each.moves_weights for rung, (each, _) in zip(last, self.ladders, strict=True))
+        options = self.options(lightest)
+        if not all(option.too_heavy for option in options):
+            options = self.options(last)
         return min(options, key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost))
 
     def before(self, option: Option, setting: Setting) -> Plan:

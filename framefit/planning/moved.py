@@ -13,7 +13,7 @@ from framefit.plan import Offload
 from framefit.planning.phase import PhaseTrace, Pieces
 from framefit.streaming import ROOMS, spread, staging_bytes
 
-__all__ = ["blocks", "can_move", "moved"]
+__all__ = ["blocks", "can_move", "moved", "together"]
 
 
 def blocks(traces: Sequence[PhaseTrace]) -> int:
@@ -37,7 +37,7 @@ def moved(traces: Sequence[PhaseTrace], offload: Offload) -> tuple[PhaseTrace, .
     pinned = kept - sum(pieces.tables_bytes for name, pieces in every.items() if level[name] != "part")
     host, disk = kept, 0
     if offload.level == "disk":
-        staging = staging_bytes(max(_largest(pieces, level[name]) for name, pieces in every.items()))
+        staging = staging_bytes(max(together(p) if level[name] != "part" else p.bytes for name, p in every.items()))
         host, pinned, disk = staging, staging, kept
     there = (_moved(trace, level, offload.kept if _denoises(trace) else 0) for trace in traces)
     return tuple(replace(trace, host_bytes=host, pinned_bytes=pinned, disk_bytes=disk) for trace in there)
@@ -75,10 +75,8 @@ def _split(pieces: Pieces, level: str, kept: int) -> _Split:
     return _Split(whole, min(ROOMS, len(stream)) * max(stream, default=0), sum(stream) / max(1, sum(units)))
 
 
-def _largest(pieces: Pieces, level: str) -> int:
-    """Bytes that lie together."""
-    if level == "part":
-        return pieces.bytes
+def together(pieces: Pieces) -> int:
+    """Most bytes that lie together where blocks stream."""
     return max(pieces.bytes - pieces.tables_bytes - sum(pieces.blocks), pieces.tables_bytes, *pieces.blocks)
 
 

@@ -6,10 +6,11 @@ Another setting of the denoiser leaves the stage of decoding as it is, and anoth
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from framefit.checkpoint import default_root
 from framefit.families import Checkpoint
 from framefit.plan import Offload, Plan
 from framefit.planning.moved import can_move, moved
-from framefit.planning.phase import PhaseTrace
+from framefit.planning.phase import Given, PhaseTrace
 
 __all__ = ["STAGES", "PhaseTrace", "resident", "traced"]
 
@@ -58,16 +59,33 @@ def _kept(plan: Plan, checkpoint: Checkpoint, folder: Path | None) -> tuple[Phas
     files = {stage: folder / f"{_key(plan, checkpoint, stage)}.json" for stage in STAGES}
     found = {stage: phases for stage, file in files.items() if (phases := _read(file))}
     if len(found) < len(STAGES):
-        from framefit.planning.dryrun import trace
-
         known = {stage: phases[0].gives for stage, phases in found.items()}
-        for phase in trace(plan, checkpoint, known):
+        for phase in _dry(plan, checkpoint, known):
             stage = phase.name.partition(":")[0]
             found[stage] = (*found.get(stage, ()), phase)
         for stage in (stage for stage in STAGES if stage not in known):
             with contextlib.suppress(OSError):  # where nothing can be kept, it is traced again
                 _write(files[stage], found[stage])
     return tuple(phase for stage in STAGES for phase in found[stage])
+
+
+def _dry(plan: Plan, checkpoint: Checkpoint, known: Mapping[str, Given]) -> tuple[PhaseTrace, ...]:
+    """The libraries make much at import that stays: looking it over for garbage again and again would take a third of
+    the time."""
+    others, was = gc.get_freeze_count(), gc.isenabled()
+    gc.disable()
+    try:
+        from framefit.planning.dryrun import trace
+
+        gc.freeze()
+        if was:  # what a dry run lets go must not seem to be held
+            gc.enable()
+        return trace(plan, checkpoint, known)
+    finally:
+        if was:
+            gc.enable()
+        if not others:
+            gc.unfreeze()
 
 
 def _read(file: Path) -> tuple[PhaseTrace, ...]:
