@@ -1,6 +1,7 @@
 """Every model of the memory goals at true size, in the goal's memory and as other plans: what was said, what it takes.
 
-    python benchmarks/fit.py predict --out benchmarks/fit_predicted_DATE         no card; filed before anything is run
+    python benchmarks/fit.py predict --rates benchmarks/rates_h200_DATE.json --out benchmarks/fit_predicted_DATE
+                                                                no card; filed before anything is run
     python benchmarks/fit.py run benchmarks/fit_predicted_DATE.json --out FOLDER [--only ROW ...]
     python benchmarks/fit.py table FOLDER --out benchmarks/fit_h200_DATE
 
@@ -31,6 +32,7 @@ import psutil
 import torch
 from torch import nn
 
+from framefit import rates
 from framefit.checkpoint import State
 from framefit.device import Device, expand_segments
 from framefit.errors import DoesNotFit
@@ -42,6 +44,7 @@ from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.planning import choose, estimated, fitted
 from framefit.planning.traces import traced
+from framefit.rates import Rates
 from framefit.request import Request
 from framefit.testing import random_parts, randomise
 
@@ -94,6 +97,8 @@ def main() -> None:
         way = ways.add_parser(name)
         if source:
             way.add_argument(source, type=Path)
+        else:
+            way.add_argument("--rates", type=Path, help="that doctor --probe filed on the card; default: data sheet")
         way.add_argument("--out", type=Path, required=True)
         way.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
         way.add_argument("--here", action="store_true", help="one row, in this process")
@@ -103,6 +108,9 @@ def main() -> None:
 
 def _predict(flags: argparse.Namespace) -> None:
     found = []
+    if flags.rates:
+        probed = Rates.from_json(next(iter(json.loads(flags.rates.read_text()).values())))
+        rates.filed = lambda name, file=None: probed
     for name in flags.only:
         row, goal = ROWS[name], int(ROWS[name].goal_gib * GIB)
         whole = Device.named(CARD, ram_bytes=RAM_BYTES)
@@ -146,13 +154,14 @@ def _measure(name: str, plans: dict[str, Any], file: Path) -> None:
     checkpoint, card = CHECKPOINTS[ROWS[name].model], Device.detect("cuda")
     began = time.perf_counter()
     expand_segments()
-    plan = _plan(name, card, {}, FEW)
+    few = FEW if ROWS[name].others else 1
+    plan = _plan(name, card, {}, few)
     parts = apply_all(_random(checkpoint, plan), plan)
     found: dict[str, Any] = {
         "row": name, "device": f"{card.name}, torch {torch.__version__}", "precision": plan.precision, "plans": {},
         "build_s": round(time.perf_counter() - began, 1),
     }  # fmt: skip
-    still = {FEW: _run(plan, parts, None)[1]}  # to warm up, too: kernels are loaded and chosen
+    still = {few: _run(plan, parts, None)[1]}  # to warm up, too: kernels are loaded and chosen
     for key, said in plans.items():
         before, plan = plan, _plan(name, card, said["settings"], _steps(key))
         began, rss = time.perf_counter(), psutil.Process().memory_info().rss

@@ -95,8 +95,6 @@ def _unseen(unseen: Unseen) -> Iterator[Row]:
     yield "cuBLAS workspace", _mib(unseen.cublas_workspace_bytes)
     for kind, by_precision in unseen.convolution.items():
         yield f"{kind} workspace", ", ".join(f"{name} {_points(points)}" for name, points in by_precision.items())
-    reserved = ", ".join(f"{share - 1:.1%} ({name})" for name, share in unseen.reserved.items())
-    yield "allocator", f"rounding {unseen.rounding - 1:.2%}, reserved beyond allocated {reserved}"
 
 
 def _points(points: tuple[tuple[int, int], ...]) -> str:

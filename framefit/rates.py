@@ -95,10 +95,6 @@ class Unseen:
     """Allocated at the first matrix product, inside of what torch reserves."""
     convolution: Mapping[str, Mapping[str, tuple[tuple[int, int], ...]]]
     """"conv2d", "conv3d" -> precision -> (bytes of input, weight and output; workspace bytes), the smaller first."""
-    rounding: float
-    """Bytes allocated for one byte asked for, at the peak."""
-    reserved: Mapping[str, float]
-    """Bytes reserved for one byte allocated, each at its peak: of "denoise", "decode"."""
 
     def convolution_bytes(self, kind: str, precision: str, bytes: int) -> int:
         """cuDNN's workspace for a "conv2d" or "conv3d" of `bytes` in all: on the line through what was measured."""
@@ -116,7 +112,7 @@ class Unseen:
             origin="assumed", context_bytes=2**29, kernels_bytes=2**28,
             # aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize; torch 2.11 and 2.13 differ for 12.0
             cublas_workspace_bytes=2**25 if compute_capability >= (9, 0) else 8 * 2**20 + 2**17,
-            convolution={}, rounding=1.0, reserved={"denoise": 1.05, "decode": 1.12},
+            convolution={},
         )  # fmt: skip
 
     @classmethod

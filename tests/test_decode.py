@@ -17,6 +17,7 @@ from framefit.errors import Cancelled, UsageError
 from framefit.families import CHECKPOINTS, Checkpoint, magvit_vae, wan_vae
 from framefit.families.parts import Parts
 from framefit.families.pieces import Pieces, Span, Stage, through
+from framefit.families.pixels import blank, placed
 from framefit.ledger.shelf import Shelf
 from framefit.ledger.transfer import Piece, Room, Transfer
 from framefit.passes import decode, strips
@@ -464,3 +465,13 @@ def test_a_tile_stands_for_the_others(photo: Path, monkeypatch: pytest.MonkeyPat
 def test_every_row_has_a_vae_that_the_pass_knows() -> None:
     known = {"AutoencoderKL", "AutoencoderKLMagvit", "AutoencoderKLWan"}
     assert {row["vae"].class_name for row in CHECKPOINTS.values()} == known
+
+
+def test_blank_frames_are_one_value_in_memory() -> None:
+    photo = torch.rand(1, 3, 1, 8, 6)
+    black = torch.zeros(1, 1, 1, 1, 1).expand_as(photo)
+    there = placed([photo, black], torch.device("cpu"), torch.float64)
+    assert blank(black)
+    assert not blank(photo)
+    assert [frame.untyped_storage().nbytes() for frame in there] == [8 * photo.numel(), 8]
+    assert there[1].shape == photo.shape

@@ -21,7 +21,7 @@ def to_tensor(photo: Image.Image) -> torch.Tensor:
 
 def blank(frame: torch.Tensor) -> bool:
     """Whether it is one value repeated, which takes no memory."""
-    return all(stride == 0 for stride in frame.stride())
+    return all(stride == 0 for size, stride in zip(frame.shape, frame.stride(), strict=True) if size > 1)
 
 
 def placed(frames: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:

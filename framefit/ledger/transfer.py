@@ -230,16 +230,15 @@ class CardTransfer(Transfer):
     def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
         """Raises `DoesNotFit` where the host has no memory to pin."""
         slab = Slab(tensors)
-        slab.pack(mapped)
-        self._pin(slab, slab.host)
+        slab.pack(lambda bytes: self._pinned(slab, bytes))
         return slab
 
     def piece(self, bytes: int) -> Piece:
         """Raises `DoesNotFit` where the host has no memory to pin."""
         self.pieces_bytes += bytes
         read, written = torch.cuda.Event(blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        piece = Piece(mapped(bytes), read, written)
-        self._pin(piece, piece.memory)
+        piece = Piece(torch.empty(0, dtype=torch.uint8), read, written)
+        piece.memory = self._pinned(piece, bytes)
         return piece
 
     def room(self, bytes: int) -> Room:
@@ -291,8 +290,9 @@ class CardTransfer(Transfer):
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
-    def _pin(self, owner: object, memory: torch.Tensor) -> None:
-        """As long as `owner` lives, which dies before its memory does."""
+    def _pinned(self, owner: object, bytes: int) -> torch.Tensor:
+        """Memory (bytes,) of uint8, pinned as long as `owner` lives, which dies before it does."""
+        memory = mapped(bytes).zero_()  # all cores fetch its pages, which pinning does with one
         address = memory.data_ptr()
         pinned = -(-memory.numel() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, as they are mapped
         if code := int(self._runtime.cudaHostRegister(address, pinned, PORTABLE)):
@@ -305,6 +305,7 @@ class CardTransfer(Transfer):
             )
         self._pinned_bytes += pinned
         weakref.finalize(owner, self._unpin, address, pinned).atexit = False  # a process that ends has nothing to unpin
+        return memory
 
     def _unpin(self, address: int, bytes: int) -> None:
         self._stream.synchronize()

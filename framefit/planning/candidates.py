@@ -39,10 +39,15 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
-        tiles = ("tile:512", "tile:256", "tile:128")  # they move fewer bytes than whole pictures one by one
+        tiles = ("tile:512", "tile:384", "tile:256", "tile:128")  # they move fewer bytes than whole pictures one by one
         # the 5B's VAE sees one pixel in four: halos as many of its pixels wide cost more than memories that move
         return ("whole", "ram", *tiles) if checkpoint["vae"].config.get("is_residual") else ("whole", *tiles)
     return ("whole", "frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
+
+
+def _chunk(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Larger chunks take less time; of I2VGen-XL's UNet a row is a pixel, and no chunk is of few."""
+    return ("none", "rows") if checkpoint.family == "i2vgen" else ("none", "rows:16384", "rows:8192", "rows")
 
 
 def _divides(plan: Plan, value: str) -> bool:
@@ -53,7 +58,7 @@ def _divides(plan: Plan, value: str) -> bool:
 
 CANDIDATES: tuple[Candidates, ...] = (
     Candidates(Guidance, _guidance),
-    Candidates(Chunk, lambda checkpoint: ("none", "rows")),
+    Candidates(Chunk, _chunk),
     Candidates(Decode, _decode, open=_divides),
     Candidates(Quantize, lambda checkpoint: ("none", "int8"), moves_weights=True),
     Candidates(Window, lambda checkpoint: ("none",)),  # another video: only where it is asked for

@@ -1,13 +1,13 @@
 """Memory of a card that a ledger of fake tensors does not show, measured once: `framefit doctor --probe`.
 
-CUDA's context and kernels, cuBLAS's and cuDNN's workspaces, rounding and fragmentation in torch's allocator. In a
-process of its own: what a process has once loaded it does not give back.
+CUDA's context and kernels, cuBLAS's and cuDNN's workspaces. In a process of its own: what a process has once loaded it
+does not give back.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,8 @@ def _measured(device: str, free_bytes: int) -> dict[str, Any]:
     bare = free_bytes - torch.cuda.mem_get_info(device)[0]
     workspace = _cublas_workspace(device)
     convolution = {kind: dict(_workspaces(kind, device)) for kind in CONVOLUTIONS}
-    shares = {"denoise": _shares(denoising, device), "decode": _shares(decoding, device)}
+    for work in (denoising, decoding):  # a run's kernels are in the context too
+        work(device)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     context = free_bytes - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)
@@ -60,8 +61,6 @@ def _measured(device: str, free_bytes: int) -> dict[str, Any]:
         Unseen(
             origin="measured", context_bytes=max(0, context), kernels_bytes=max(0, context - bare),
             cublas_workspace_bytes=workspace, convolution=convolution,
-            rounding=max(rounding for rounding, _ in shares.values()),
-            reserved={name: reserved for name, (_, reserved) in shares.items()},
         )
     )  # fmt: skip
 
@@ -100,16 +99,6 @@ def _workspace(
     result = call(image, weight)
     peak = torch.cuda.max_memory_allocated(device)
     return image.nbytes + weight.nbytes + result.nbytes, max(0, peak - before - result.nbytes)
-
-
-def _shares(work: Callable[[str], None], device: str) -> tuple[float, float]:
-    """(allocated over requested, reserved over allocated) at their peaks during `work`."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    work(device)
-    told = torch.cuda.memory_stats(device)
-    requested, allocated, reserved = (told[f"{what}_bytes.all.peak"] for what in ("requested", "allocated", "reserved"))
-    return allocated / requested, reserved / allocated
 
 
 def denoising(device: str, tokens: int = 8192, width: int = 1536, blocks: int = 4) -> None:
