@@ -29,7 +29,7 @@ from framefit.pipeline import Pipeline, load
 from framefit.plan import Offload, Plan
 from framefit.planning import check_fits, dryrun, estimated
 from framefit.request import Lora
-from framefit.testing import save_tiny
+from framefit.testing import random_parts, save_tiny, tiny_row
 
 MOVING = ["part", "block", "block:2", "leaf", "disk"]
 DEEP = {
@@ -334,6 +334,26 @@ def test_nothing_is_left_on_the_device(
     assert rooms
     assert not any(ref() is not None for ref in rooms)
     assert most[0] == max(component.device_bytes for component in placement(parts).components.values())
+
+
+def test_weights_that_are_packed_anew_leave_their_memory_one_by_one() -> None:
+    """Else a rung of the ladder would hold all of them twice."""
+    row = tiny_row("wan2.2-i2v-a14b")
+    parts = random_parts(row, dtype=torch.float32, device=torch.device("cpu"))
+    gc.collect()
+    gc.disable()  # what only a search for garbage finds comes too late
+    try:
+        offload.apply(parts, Offload(value="block"))
+        placement = offload.placed(parts)
+        assert placement
+        held = [weakref.ref(each) for part in placement.components.values()
+                for each in (*part.whole, *(unit.slab for unit in part.stream.units))]  # fmt: skip
+        assert all(each() for each in held)
+        del placement
+        offload.remove(parts)
+        assert not any(each() for each in held)
+    finally:
+        gc.enable()
 
 
 def test_host_memory_goes_with_the_parts(deep: Deep, make_plan: Make) -> None:

@@ -99,6 +99,7 @@ def remove(parts: Parts) -> None:
     found.close()
     for component in found.components.values():
         component.remove()
+    found.components.clear()
     parts.placement = None
 
 

@@ -87,9 +87,11 @@ class Stream:
         self._places, self._at_work, self._called, self._inside = [], None, None, None
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away. Nothing is streamed any more: the slabs' memory goes with the weights that leave it."""
         for unit in self.units:
             HookRegistry.check_if_exists_or_initialize(unit.module).remove_hook(HOOK, recurse=False)
+        self.units, self.first, self._called, self._inside = (), None, None, None
+        self.after.clear()
 
     def enter(self, unit: Unit) -> None:
         """`unit` computes next."""
@@ -137,6 +139,10 @@ class _Asking(ModelHook):  # type: ignore[misc]
     def __init__(self, stream: Stream, unit: Unit) -> None:
         super().__init__()
         self._stream, self._unit = stream, unit
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        del self._stream, self._unit  # a hook that was removed is a cycle, which lives until it is looked for
+        return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._stream.enter(self._unit)
