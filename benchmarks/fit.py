@@ -281,7 +281,10 @@ def _goals(found: list[dict[str, Any]]) -> Iterator[str]:
     yield f"| {' | '.join([*head, 'pinned GiB', 'settings'])} |"
     yield "|---" * (len(head) + 2) + "|"
     for each in found:
-        resident, goal = each["plans"]["resident"], each["plans"]["goal"]
+        resident, goal = each["plans"]["resident"], each["plans"].get("goal")
+        if goal is None:
+            yield f"| {each['row']} | {ROWS[each['row']].goal_gib:g} | not run yet |" + " |" * (len(head) - 1)
+            continue
         said, cap = goal["said"], goal["cap_bytes"] / GIB
         begin = f"| {each['row']} | {said['goal_bytes'] / GIB:g} | {cap:.2f} "
         if "failed" in goal:

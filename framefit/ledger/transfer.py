@@ -352,11 +352,7 @@ def transfer_for(device: torch.device, tensors: Iterable[torch.Tensor] = ()) -> 
 
 def mapped(bytes: int) -> torch.Tensor:
     """Memory of its own pages, which go back to the system with the tensor."""
-    held = mmap.mmap(-1, bytes, **MAPPING)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # pinning goes page by page, and few are soon pinned
-            held.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(held, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, bytes, **MAPPING), dtype=torch.uint8)
 
 
 def _dense(tensor: torch.Tensor) -> tuple[int, ...]:
