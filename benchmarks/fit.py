@@ -312,7 +312,8 @@ def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
         off = [said / measured - 1 for measured, said in _points(found, what) if measured >= least]
         near = [sum(abs(each) <= bound for each in off) for bound in (0.05, 0.15)]
         yield (
-            f"| {what}{', of one and more' if least else ''} | {len(off)} | {near[0]} | {near[1]} | {sum(each < -0.02 for each in off)} "
+            f"| {what}{', of one and more' if least else ''} | {len(off)} | {near[0]} | {near[1]} "
+            f"| {sum(each < -0.02 for each in off)} "
             f"| {fmean(map(abs, off)):.1%} | {max(off, key=abs):+.1%} |"
         )
 

@@ -372,20 +372,21 @@ def test_what_does_not_change_is_left_alone(tiny: Tiny, make_plan: MakePlan) -> 
     assert parts.placement is placement
 
 
+@pytest.mark.parametrize(("reading", "at"), [("_begun", 3), ("_read", 2)], ids=["a component", "a piece of one"])
 def test_loading_that_does_not_fit_goes_to_the_host(
-    tiny: Tiny, make_plan: MakePlan, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    reading: str, at: int, tiny: Tiny, make_plan: MakePlan, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = tiny("easyanimate-v5.1-7b-inp")
     expected, _ = whole(row, 1.0)
-    read, calls = family_parts._load, []
+    read, calls = getattr(family_parts, reading), []
 
-    def full_at_the_third(*arguments: Any) -> object:
+    def full_once(*arguments: Any) -> object:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == at:
             raise torch.OutOfMemoryError(FULL)
         return read(*arguments)
 
-    monkeypatch.setattr(family_parts, "_load", full_at_the_third)
+    monkeypatch.setattr(family_parts, reading, full_once)
     pipeline = load(make_plan(row, steps=STEPS, guidance=(1.0,)), row)
     state = pipeline.encode()
     assert state.rungs == pipeline.rungs
