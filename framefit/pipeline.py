@@ -295,7 +295,7 @@ class Pipeline:
         done = 0
         try:
             while True:
-                shortage = None
+                shortage = overflow = None
                 try:
                     for frame in islice(self._frames(state, cancelled), done, None):
                         _stop_if(cancelled)
@@ -303,9 +303,11 @@ class Pipeline:
                         yield frame
                     return
                 except NotFinite as error:
-                    self._fitting(partial(self._to_fp32, ("vae",), error), state, save)
+                    overflow = error.with_traceback(None)  # whose frames hold tensors
                 except Exception as error:
                     shortage = self._descent.shortage(error)
+                if overflow:
+                    self._fitting(partial(self._to_fp32, ("vae",), overflow), state, save)
                 if shortage:
                     self._lower(shortage, state, save)
         finally:

@@ -244,6 +244,8 @@ class PhaseEstimate:
     """Tensors in RAM, when they are most."""
     pinned_bytes: int = 0
     """Of these, of memory that is pinned for a card."""
+    shelf_bytes: int = 0
+    """Of the host's, what a VAE remembers between two groups of frames."""
     disk_bytes: int
     """Temporary files."""
     held: Mapping[str, int]
@@ -326,20 +328,22 @@ class Plan:
 
     def excess_bytes(self, phase: PhaseEstimate) -> int:
         """What a phase needs beyond what there is, where it is most."""
-        return max(self._excess(phase).values())
+        return max(self.excess(phase).values())
 
     def lacks(self, place: str) -> bool:
-        """Whether a phase needs more of the "device", the "host" or the "disk" than there is."""
-        return any(self._excess(phase).get(place, 0) > 0 for phase in self.estimate.phases)
+        """Whether a phase needs more of the "device", the "host", the "shelf" or the "disk" than there is."""
+        return any(self.excess(phase).get(place, 0) > 0 for phase in self.estimate.phases)
 
-    def _excess(self, phase: PhaseEstimate) -> dict[str, int]:
-        """Of the card, or of RAM without one; of RAM for what is kept there for a card; of the disk for temporary
-        files, where the machine is this one."""
+    def excess(self, phase: PhaseEstimate) -> dict[str, int]:
+        """Beyond the card, or RAM without one; RAM for weights that are kept there for a card ("host"), and with what a
+        VAE remembers ("shelf"); the disk for temporary files, where the machine is this one."""
         on_card = self.device.id != "cpu"
         need = phase.peak_vram_bytes if on_card else phase.host_bytes
         over = {"device": need - self.estimate.free_bytes}
         if on_card and self.offload != "none":
-            over["host"] = phase.host_bytes - self.device.ram_free_bytes
+            over["host"] = phase.host_bytes - phase.shelf_bytes - self.device.ram_free_bytes
+        if phase.shelf_bytes:
+            over["shelf"] = phase.host_bytes - self.device.ram_free_bytes
         if self.device.origin != "named":
             over["disk"] = phase.disk_bytes - self.device.disk_free_bytes
         return over

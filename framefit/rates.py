@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
@@ -221,7 +222,7 @@ class Rates:
         unseen = data.get("unseen")
         by_size = {
             sort: {precision: {int(size): rate for size, rate in points.items()} for precision, points in by.items()}
-            for sort, by in data.get("by_size", {}).items()
+            for sort, by in data["by_size"].items()
         }
         return cls(**(data | {"by_size": by_size, "unseen": None if unseen is None else Unseen.from_json(unseen)}))
 
@@ -286,7 +287,13 @@ def default_file() -> Path:
 
 
 def _key(name: str) -> str:
-    return f"{name}, torch {version('torch')}"
+    return f"{name}, torch {_torch()}"
+
+
+@cache
+def _torch() -> str:
+    """Looked up once: a search asks a thousand times."""
+    return version("torch")
 
 
 def _read(file: Path) -> dict[str, Any]:

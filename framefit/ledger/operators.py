@@ -72,6 +72,8 @@ def traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if not func._schema.is_mutable and any(_shares(written[0], tensor) for tensor in read):
         return 0
+    if name.startswith("aten::new_"):  # of whose first argument nothing is read
+        read = []
     return sum(map(occupied, written)) + sum(map(occupied, read[name in FILLS :]))
 
 

@@ -97,6 +97,8 @@ class Shelf:
 
     def close(self) -> None:
         """Nothing is on the way any more: the device's memory for it is free."""
-        self._transfer.settle()
-        self._leaving.clear()
-        self._places.clear()
+        try:
+            self._transfer.settle()
+        finally:
+            self._leaving.clear()
+            self._places.clear()

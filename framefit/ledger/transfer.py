@@ -292,17 +292,17 @@ class CardTransfer(Transfer):
 
     def _pinned(self, owner: object, bytes: int) -> torch.Tensor:
         """Memory (bytes,) of uint8, pinned as long as `owner` lives, which dies before it does."""
-        memory = mapped(bytes).zero_()  # all cores fetch its pages, which pinning does with one
+        pinned = -(-bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, as they are mapped
+        try:
+            memory = mapped(bytes).zero_()  # all cores fetch its pages, which pinning does with one
+        except OSError as error:
+            raise _unpinnable(pinned, error) from None
         address = memory.data_ptr()
-        pinned = -(-memory.numel() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, as they are mapped
         if code := int(self._runtime.cudaHostRegister(address, pinned, PORTABLE)):
             reason = self._runtime.cudaGetErrorString(self._runtime.cudaError(code))
             with contextlib.suppress(RuntimeError):  # CUDA tells it once more to whatever kernel comes next: this one
                 torch.zeros(1, device=self.device)
-            raise DoesNotFit(
-                f"{pinned / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, or use "
-                f"offload=disk or offload=none, and decode=frame or decode=tile:PX in place of decode=ram."
-            )
+            raise _unpinnable(pinned, reason)
         self._pinned_bytes += pinned
         weakref.finalize(owner, self._unpin, address, pinned).atexit = False  # a process that ends has nothing to unpin
         return memory
@@ -348,6 +348,13 @@ def transfer_for(device: torch.device, tensors: Iterable[torch.Tensor] = ()) -> 
     if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
         return NoTransfer(device)
     return CardTransfer(device) if device.type == "cuda" else Transfer(device)
+
+
+def _unpinnable(bytes: int, reason: object) -> DoesNotFit:
+    return DoesNotFit(
+        f"{bytes / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, use offload=disk or "
+        f"offload=none, or where decode=ram was chosen another decode."
+    )
 
 
 def mapped(bytes: int) -> torch.Tensor:

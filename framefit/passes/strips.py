@@ -35,8 +35,8 @@ def over_frames(
 
     def take(top: int, bottom: int) -> torch.Tensor:
         rows = slice(top // scale, -(-bottom // scale))
-        zeros = like.new_zeros(()).expand_as(like[..., rows, :])
-        strip = torch.cat([zeros if each is None else each[..., rows, :] for each in frames], dim=2)
+        parts = [torch.zeros_like(like[..., rows, :]) if each is None else each[..., rows, :] for each in frames]
+        strip = torch.cat(parts, dim=2)
         if scale == 1:
             return strip
         grown = functional.interpolate(strip, scale_factor=(1, scale, scale), mode="nearest")
@@ -97,7 +97,12 @@ def _by_rows(
         end = min(begin + step, height)
         top, bottom = begin * down - pads[0], (end - 1) * down - pads[0] + tall
         strip = take(max(top, 0), min(bottom, rows))
-        if top < 0 or bottom > rows:
+        edge = top < 0 or bottom > rows
+        if edge and pads[0] == pads[1] and down == 1:  # zeros on both sides; what is made of the surplus is left out
+            surplus = pads[0] + min(top, 0)
+            out[..., begin:end, :] = convolve(strip, pads[0])[..., surplus : surplus + end - begin, :]
+            continue
+        if edge:
             strip = functional.pad(strip, (0, 0, max(-top, 0), max(bottom - rows, 0)))
         out[..., begin:end, :] = convolve(strip, 0)
     return out

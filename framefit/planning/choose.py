@@ -198,7 +198,7 @@ def untouched(checkpoint: Checkpoint) -> tuple[Setting, ...]:
     return (
         Guidance(value=together, because="as the reference pipeline runs them"),
         Quantize(value="none", because="8 bits would round the weights"),
-        Chunk(value="none", because="whole forwards are the fastest"),
+        Chunk(value="none", because="a whole forward at once, as the reference"),
         Decode(value="whole", because="as many frames at once as the reference takes"),
         Window(value="none", because="all frames in one piece"),
         Offload(value="none", because="weights on the device are the fastest"),

@@ -94,6 +94,13 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
             f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}{less}offload=none, or a smaller model "
             f"(framefit models ls); or free some."
         )
+    if plan.lacks("shelf"):
+        phase = max(plan.estimate.phases, key=lambda phase: phase.shelf_bytes)
+        raise DoesNotFit(
+            f"{plan.request.model} with decode=ram keeps {phase.host_bytes / 2**30:.1f} GiB in RAM in its phase "
+            f"{phase.name} and {plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}another decode, or "
+            f"free some."
+        )
     if plan.lacks("disk"):
         need = max(phase.disk_bytes for phase in plan.estimate.phases)
         raise DoesNotFit(
@@ -143,6 +150,7 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
         peak_vram_bytes=weights + _reserved(trace, known) if on_card else 0,
         host_bytes=trace.host_bytes + trace.shelf_bytes + video + (0 if on_card else weights + trace.peak_bytes),
         pinned_bytes=trace.pinned_bytes + trace.shelf_bytes if on_card else 0,
+        shelf_bytes=trace.shelf_bytes if on_card else 0,
         disk_bytes=trace.disk_bytes,
         held=dict(sorted(held.items(), key=lambda each: -each[1])[:NAMED]),
     )
@@ -150,10 +158,9 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
 
 def _reserved(trace: PhaseTrace, known: Rates | None) -> int:
     """For everything but weights."""
-    if known is None or known.unseen is None:
-        return trace.peak_bytes
     kept = KEPT["vae" if trace.name in ("encode_image", "decode") else "denoiser"]
-    return math.ceil(kept * trace.peak_bytes) + known.unseen.cublas_workspace_bytes
+    cublas_bytes = known.unseen.cublas_workspace_bytes if known and known.unseen else 0
+    return math.ceil(kept * trace.peak_bytes) + cublas_bytes
 
 
 def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates | None) -> float | None:
@@ -164,8 +171,9 @@ def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates
     if work is None:
         return None
     times = steps_of(plan.request, checkpoint).get(trace.name.removeprefix("denoise:"), 1)
-    # what lies in RAM comes from there wherever weights are
-    step = _beside(work, trace.bytes["host_to_device"], "none" if trace.shelf_bytes else plan.offload, known)
+    # what lies in RAM goes there and comes from there, both ways at once, wherever weights are
+    moved = max(trace.bytes["host_to_device"], trace.bytes["device_to_host"] if trace.shelf_bytes else 0)
+    step = _beside(work, moved, "none" if trace.shelf_bytes else plan.offload, known)
     begin = _copied(trace.onload_bytes, plan.offload, known)
     return begin + times * step
 

@@ -3,8 +3,8 @@
 States are rungs: for every type of setting, how far down its candidates. From a state that does not fit, only a type
 that touches a phase which does not fit leads on. States are met in the order of the least seconds that they can take
 so that the first that nothing can beat is the fastest; every place for the weights is compared at each state, without
-another trace. More budget only adds states that fit: it never makes a plan slower. No clock, no chance: the same inputs
-give the same plan.
+another trace. More budget only adds states that fit: it never makes a plan slower, as far as a value is slower than the
+one before it (`candidates.RUNG`). No clock, no chance: the same inputs give the same plan.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class Option:
         free, on_card = self.plan.estimate.free_bytes, self.plan.device.id != "cpu"
         weights = {trace.name: sum(trace.weights_bytes.values()) for trace in self.traces}
         return any(
-            (phase.peak_vram_bytes if on_card else phase.host_bytes) > free >= weights.get(phase.name, free + 1)
+            (
+                (phase.peak_vram_bytes if on_card else phase.host_bytes) > free >= weights.get(phase.name, free + 1)
+                or self.plan.excess(phase).get("shelf", 0) > 0
+            )
             and self.plan.setting(each.kind).touches(phase.name)
             for phase in self.plan.estimate.phases
         )

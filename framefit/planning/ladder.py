@@ -53,8 +53,6 @@ def _decodes(plan: Plan) -> tuple[str, ...]:
 LADDER: tuple[Relief, ...] = (
     Relief(kind=Decode, before="whole", after="frame", phases=("encode_image", "decode"), ram=True,
            helps=lambda plan: "frame" in _decodes(plan)),
-    Relief(kind=Decode, before="frame", after="ram", phases=("encode_image", "decode"),
-           helps=lambda plan: "ram" in _decodes(plan)),
     Relief(kind=Decode, before="*", after="tile:128", phases=("encode_image", "decode"), ram=True,
            helps=lambda plan: "tile:128" in _decodes(plan) and max(plan.request.width, plan.request.height) > 128),
     Relief(kind=Guidance, before="together", after="apart", phases=("denoise",), ram=True,
@@ -62,6 +60,8 @@ LADDER: tuple[Relief, ...] = (
     Relief(kind=Chunk, before="none", after="rows", phases=("denoise",), ram=True,
            helps=lambda plan: plan.offload != "disk"),  # all its files would be written anew
     Relief(kind=Offload, before="none", after="part", phases=("load", *COMPUTING)),
+    Relief(kind=Decode, before="frame", after="ram", phases=("encode_image", "decode"),
+           helps=lambda plan: "ram" in _decodes(plan)),
     Relief(kind=Offload, before="part", after="block", phases=STREAMING),
     Relief(kind=Offload, before="block:*", after="block", phases=STREAMING),
     Relief(kind=Offload, before="block", after="leaf", phases=STREAMING),
