@@ -151,3 +151,29 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_read(
     save_file(tensors if change == "lost" else {**tensors, "blocks.1.attn1.to_q.bias": bias[1:].clone()}, file)
     with pytest.raises(ModelMissing, match=words):
         load_parts(row, tmp_path / "model", dtype=torch.float32, device=CPU)
+
+
+def test_what_has_no_place_is_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A scale beside a weight in 8 bits, for example, without which that means another thing."""
+    row = tiny("i2vgen-xl")
+    assert row.folder
+    shutil.copytree(row.folder, tmp_path / "more")
+    file = next((tmp_path / "more" / "unet").glob("*.safetensors"))
+    save_file(load_file(file) | {"conv_in.scale_weight": torch.ones(1)}, file)
+    load_parts(row, tmp_path / "more", dtype=torch.float32, device=CPU)
+    assert "holds 1 tensors that I2VGenXLUNet has no place for, conv_in.scale_weight first" in caplog.text
+
+
+def test_a_fault_that_is_not_a_loras_is_not_put_on_one(tiny: Tiny, tmp_path: Path) -> None:
+    row = tiny("wan2.2-i2v-a14b")
+    file = tmp_path / "one.safetensors"
+    assert row.folder
+    parts = load_parts(row, row.folder, dtype=torch.float32, device=CPU)
+    weight = parts["transformer"].blocks[0].attn1.to_q.weight
+    name = "transformer.blocks.0.attn1.to_q.lora_"
+    save_file(
+        {f"{name}A.weight": torch.ones(1, weight.shape[1]), f"{name}B.weight": torch.ones(weight.shape[0], 1)}, file
+    )
+    given = (Lora(file=file),)
+    with pytest.raises(OSError, match="no room"), lora.merging(parts, "transformer", given, lora.shapes(row)):
+        raise OSError("no room")

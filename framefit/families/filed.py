@@ -6,6 +6,7 @@ Wan2.2-A14B is larger than many a machine's RAM. What is read here is the same t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ class Filed:
             raise ModelMissing(
                 f"{files[0].parent} lacks {missing[0]}{more}: framefit models verify names all that is wrong."
             )
+        if strange := sorted(set(places) - set(needed)):
+            logging.getLogger("framefit").warning(
+                "%s holds %d tensors that %s has no place for, %s first: they are left out.",
+                files[0].parent, len(strange), kind.__name__, strange[0],
+            )  # fmt: skip
         return cls(model, places, dtype)
 
     def read(self, names: Collection[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from framefit.errors import BadInput, ModelMissing
 from framefit.families import easyanimate_v5
 from framefit.families.checkpoint import Checkpoint
 from framefit.families.files import Shapes
-from framefit.families.lora_file import Change, opened, place
+from framefit.families.lora_file import Change, opened, place, reading
 from framefit.families.parts import Parts
 from framefit.request import Lora
 
@@ -55,7 +55,7 @@ def check(loras: tuple[Lora, ...], checkpoint: Checkpoint) -> tuple[Lora, ...]:
     checked = []
     for lora in loras:
         place(lora, checkpoint, needed)
-        with opened(lora) as stream:
+        with opened(lora) as stream, reading(lora):
             for key in stream.keys():  # noqa: SIM118
                 if not stream.get_tensor(key).float().isfinite().all():
                     raise BadInput(f"{lora.file} holds NaN or infinity in {key}: use another file.")
@@ -89,14 +89,14 @@ def merging(
         yield lambda names: None
         return
     needed = {**needed, expert: _shapes(parts[expert])}
-    terms: dict[str, list[tuple[Any, Change, float]]] = {}
+    terms: dict[str, list[tuple[Any, Change, Lora]]] = {}
     with ExitStack() as files:
         for lora in sorted(loras, key=lambda lora: (lora.sha256 or "", lora.scale, lora.expert or "")):
             stream = files.enter_context(opened(lora))
             _digest(lora)
             for change in place(lora, parts.checkpoint, needed):
                 if change.expert == expert:
-                    terms.setdefault(change.parameter, []).append((stream, change, lora.scale))
+                    terms.setdefault(change.parameter, []).append((stream, change, lora))
         yield partial(_add, parts[expert], expert, terms)
 
 
@@ -104,15 +104,16 @@ def merging(
 def _add(
     model: torch.nn.Module,
     expert: str,
-    terms: Mapping[str, Sequence[tuple[Any, Change, float]]],
+    terms: Mapping[str, Sequence[tuple[Any, Change, Lora]]],
     names: Collection[str] | None,
 ) -> None:
     weights = dict(model.named_parameters())
     for name in terms if names is None else terms.keys() & names:
         weight = weights[name]
         total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for stream, change, scale in terms[name]:
-            total += _delta(stream, change, scale, weight.device).reshape(weight.shape)
+        for stream, change, lora in terms[name]:
+            with reading(lora):
+                total += _delta(stream, change, lora.scale, weight.device).reshape(weight.shape)
         merged = (weight.float() + total).to(weight.dtype)
         if not merged.isfinite().all():
             raise BadInput(f"with its LoRAs {expert}.{name} exceeds {weight.dtype}: ask for a smaller scale.")

@@ -25,7 +25,7 @@ from framefit.families.checkpoint import Checkpoint
 from framefit.families.files import Shapes, header
 from framefit.request import Lora
 
-__all__ = ["Change", "opened", "place", "spellings"]
+__all__ = ["Change", "opened", "place", "reading", "spellings"]
 
 UPSTREAM: dict[str, Mapping[str, str]] = {
     "wan": wan.UPSTREAM,
@@ -60,19 +60,27 @@ class Change:
 
 @contextmanager
 def opened(lora: Lora) -> Iterator[Any]:
-    """The file's tensors by name; raises `BadInput` where it cannot be read."""
-    try:
+    """The file's tensors by name; raises `BadInput` where it cannot be opened."""
+    with reading(lora):
         if not lora.file.is_file():
             raise BadInput(f"there is no LoRA at {lora.file}: check the name and the folder.")
-        with safe_open(lora.file, framework="pt") as stream:
-            yield stream
+        stream = safe_open(lora.file, framework="pt")
+    with stream:
+        yield stream
+
+
+@contextmanager
+def reading(lora: Lora) -> Iterator[None]:
+    """Raises `BadInput` where the file cannot be read in the block."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{lora.file} cannot be read as safetensors ({error}): use another file.") from None
 
 
 def place(lora: Lora, checkpoint: Checkpoint, needed: Mapping[str, Shapes]) -> list[Change]:
     """What `lora` does to parameters of these shapes; raises `BadInput` where a tensor has no place among them."""
-    with opened(lora) as stream:
+    with opened(lora) as stream, reading(lora):
         alphas = _alphas(lora, stream.metadata() or {})
         held, wrong = header(lora.file)
     if wrong or not held:
