@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 the run failed, 2 usage, 3 bad input, 4 does not fit, 5 mo
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import math
 import os
@@ -91,6 +93,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    atexit.register(gc.freeze)  # or Python looks for garbage among all that the libraries made: up to two seconds
     try:
         flags = parser().parse_args(arguments)
         code = flags.command(flags) or 0

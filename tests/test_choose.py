@@ -19,7 +19,7 @@ from framefit.errors import DoesNotFit
 from framefit.families import CHECKPOINTS, Checkpoint
 from framefit.plan import ASKED, Offload, Plan, Setting
 from framefit.planning import candidates, changes, choose, differences, dryrun, estimate, fit, fits, fitted, traces
-from framefit.planning.candidates import CANDIDATES, Candidates
+from framefit.planning.candidates import CANDIDATES, RUNG, Candidates
 from framefit.planning.moved import moved
 from framefit.planning.phase import PhaseTrace, Pieces
 from framefit.rates import Sort
@@ -78,7 +78,7 @@ def made_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     activations = {name: int(draw.uniform(1, 9) * GIB) for name in ("encode_text", "encode_image", "denoise", "decode")}
     flops = {name: int(draw.uniform(1, 50) * 1e12) for name in activations}
     shrink = {"apart": 0.5, "half": 0.7, "few": 0.4, "tiled": 0.3}
-    slower = {value: draw.uniform(1.0, 1.2) for value in (*shrink, "frame", "int8")}
+    slower = {value: draw.uniform(RUNG, 1.2) for value in (*shrink, "frame", "int8")}
     asked: list[dict[str, str]] = []
 
     def resident(plan: Plan, checkpoint: Checkpoint, folder: Any = None) -> tuple[PhaseTrace, ...]:
