@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from framefit.families import CHECKPOINTS, Checkpoint, Component, easyanimate_v5, recognise
+from framefit.families.filed import by_default
 from framefit.families.parts import Parts, build
 
 __all__ = ["random_parts", "randomise", "save_tiny", "tiny_row"]
@@ -128,13 +129,8 @@ def random_parts(
 
 
 def _random_model(component: Component, dtype: torch.dtype, device: torch.device) -> Any:
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = build(component)
-    finally:
-        torch.set_default_dtype(usual)
+    with by_default(dtype), device:
+        model = build(component)
     kept = getattr(model, "_keep_in_fp32_modules", None) or []
     keeps = component.package == "diffusers" or dtype == torch.float16  # transformers keeps them for fp16 alone
     for name, parameter in model.named_parameters():

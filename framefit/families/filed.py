@@ -21,7 +21,7 @@ from safetensors import safe_open
 from framefit.errors import ModelMissing
 from framefit.families.files import header
 
-__all__ = ["Filed"]
+__all__ = ["Filed", "by_default"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Filed:
         Raises:
             ModelMissing: a parameter has no tensor in the files, or one of another shape.
         """
-        with _by_default(dtype), accelerate.init_empty_weights():
+        with by_default(dtype), accelerate.init_empty_weights():
             model = kind.from_config(config).eval()
         needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         places = {}
@@ -97,7 +97,8 @@ class Filed:
 
 
 @contextmanager
-def _by_default(dtype: torch.dtype) -> Iterator[None]:
+def by_default(dtype: torch.dtype) -> Iterator[None]:
+    """In this block tensors of floating point numbers are made in `dtype` where nothing else is said."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

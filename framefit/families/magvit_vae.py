@@ -102,7 +102,7 @@ def _end(part: Any) -> Stage:
         if part.spatial_group_norm:  # frame by frame
             x = part.conv_norm_out(x.permute(0, 2, 1, 3, 4).flatten(0, 1))
             return x.unsqueeze(0).permute(0, 2, 1, 3, 4)
-        normed: torch.Tensor = part.conv_norm_out(x)
-        return normed
+        out: torch.Tensor = part.conv_norm_out(x)
+        return out
 
     return _stage(normed, part.conv_act, part.conv_out)

@@ -42,15 +42,13 @@ class Option:
         is, only one with fewer of them."""
         if each.moves_weights:
             return not self.plan.feasible
-        free, on_card = self.plan.estimate.free_bytes, self.plan.device.id != "cpu"
+        free = self.plan.estimate.free_bytes
         weights = {trace.name: sum(trace.weights_bytes.values()) for trace in self.traces}
+        touched = [p for p in self.plan.estimate.phases if self.plan.setting(each.kind).touches(p.name)]
+        over = {phase.name: self.plan.excess(phase) for phase in touched}
         return any(
-            (
-                (phase.peak_vram_bytes if on_card else phase.host_bytes) > free >= weights.get(phase.name, free + 1)
-                or self.plan.excess(phase).get("shelf", 0) > 0
-            )
-            and self.plan.setting(each.kind).touches(phase.name)
-            for phase in self.plan.estimate.phases
+            (excess["device"] > 0 and weights.get(name, free + 1) <= free) or excess.get("shelf", 0) > 0
+            for name, excess in over.items()
         )
 
     @property
