@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -150,9 +151,11 @@ class _Marks(TorchFunctionMode):
         if tally.card and func in NORMS:
             return self._whole(func, args, kwargs or {})
         inside = func is torch.nn.functional.scaled_dot_product_attention
+        by_parts = inside and tally.card and _by_parts(*args, **(kwargs or {}))
         tally.in_attention += inside
         try:
-            return func(*args, **(kwargs or {}))
+            with sdpa_kernel(SDPBackend.MATH) if by_parts else nullcontext():
+                return func(*args, **(kwargs or {}))
         finally:
             tally.in_attention -= inside
 
@@ -167,6 +170,13 @@ class _Marks(TorchFunctionMode):
         tally.counts.bytes["elementwise"] += times * (x.nbytes + result.nbytes)
         tally.book(row_norm(x, x.nbytes + result.nbytes))
         return result
+
+
+def _by_parts(query: Any, key: Any, value: Any, attn_mask: torch.Tensor | None = None, *_: Any, **__: Any) -> bool:
+    """Whether no fused kernel of a card takes it: all want rows of the mask whole in memory, as a position bias is not
+    whose heads were its last axis (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, stride(-1) == 1). By parts it
+    is computed in fp32, scores and all."""
+    return attn_mask is not None and attn_mask.shape[-1] > 1 and attn_mask.stride(-1) != 1
 
 
 def _composite(func: Any) -> bool:

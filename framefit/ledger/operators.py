@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from framefit.ledger.kinds import op_kind
 from framefit.rates import Sort
 
-__all__ = ["Share", "occupied", "precision_of", "row_norm", "shares", "traffic"]
+__all__ = ["Share", "gapless", "occupied", "precision_of", "row_norm", "shares", "traffic"]
 
 Share = tuple[Sort, int, int]
 """A sort; its amount in FLOPs or elements; bytes read and written."""
@@ -94,8 +94,7 @@ def _convolution(args: Any, result: Any, precision: str, flops: int, bytes: int)
     """Few channels leave tiles empty. What is channels-first is copied to channels-last and back, and biased after."""
     image, weight = args[0], args[1]
     sort = Sort("convolution", precision, min(TILE, _up(min(weight.shape[:2]), CHANNELS)))
-    layout = LAYOUTS.get(image.ndim)
-    if layout and image.is_contiguous(memory_format=layout):
+    if _channels_last(image):
         yield sort, flops, bytes
         return
     ends = (image, weight, result)
@@ -105,6 +104,16 @@ def _convolution(args: Any, result: Any, precision: str, flops: int, bytes: int)
         Sort("scattered", "", 0), copied + weight.numel() + result.numel(),
         0 if image.is_contiguous() else 2 * occupied(image),
     )  # fmt: skip
+
+
+def gapless(image: torch.Tensor) -> bool:
+    """Whether a convolution takes it as it lies in memory."""
+    return image.is_contiguous() or _channels_last(image)
+
+
+def _channels_last(image: torch.Tensor) -> bool:
+    layout = LAYOUTS.get(image.ndim)
+    return layout is not None and image.is_contiguous(memory_format=layout)
 
 
 def _elementwise(func: Any, args: Any, kwargs: Any, result: Any, bytes: int) -> Iterator[Share]:
