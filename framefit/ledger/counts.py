@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from framefit.ledger.kinds import Kind, op_kind
-from framefit.ledger.operators import Share, occupied, precision_of, row_norm, shares, traffic
+from framefit.ledger.operators import Share, occupied, precision_of, row_norm, shape_of, shares, traffic
 from framefit.rates import Quantity, Sort
 
 __all__ = ["Counts", "Tally", "count"]
@@ -48,9 +48,11 @@ class Counts:
     """"elementwise": read and written; "host_to_device", "device_to_host": moved."""
     work: Counter[tuple[Sort, Quantity]] = field(default_factory=Counter)
     """What seconds depend on: of every sort of operator its calls, amount and bytes."""
+    shapes: set[int] = field(default_factory=set)
+    """Of convolutions, each of which a process has to meet once; of all that came before, too."""
 
     def copy(self) -> Counts:
-        return Counts(self.flops.copy(), self.bytes.copy(), self.work.copy())
+        return Counts(self.flops.copy(), self.bytes.copy(), self.work.copy(), self.shapes)
 
     def add(self, other: Counts) -> None:
         self.flops.update(other.flops)
@@ -119,6 +121,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula := FORMULAS.get(func._overloadpacket):
             flops = formula(*args, **kwargs, out_val=result)
             counts.flops[kind, precision_of(args)] += self.times * flops
+            if kind == "convolution":
+                counts.shapes.add(shape_of(args))
         elif (way := _direction(func, args, result)) is not None:
             counts.bytes[way] += self.times * occupied(args[1] if func._schema.name == "aten::copy_" else result)
             return result

@@ -461,4 +461,5 @@ def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace
         name=name, weights_bytes=weights.device_bytes, host_bytes=weights.host_bytes, onload_bytes=weights.onload_bytes,
         pinned_bytes=weights.pinned_bytes, disk_bytes=weights.disk_bytes, peak_bytes=peak.bytes, held=dict(held),
         flops=flops, bytes={way: counts.bytes[way] for way in ways}, work=dict(counts.work),
+        shapes=tuple(sorted(counts.shapes)),
     )  # fmt: skip

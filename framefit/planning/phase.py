@@ -56,6 +56,8 @@ class PhaseTrace:
     the device if weights streamed like that."""
     work: Mapping[tuple[Sort, Quantity], int] = field(default_factory=dict)
     """What seconds depend on: of every sort of operator its calls, amount and bytes."""
+    shapes: tuple[int, ...] = ()
+    """Of its convolutions, as the ledger numbers them: kernels are looked for once for each in a process."""
     pieces: Mapping[str, Pieces] = field(default_factory=dict)
     """Of the components that the phase needs; empty where they were traced in another place than on the device."""
     gives: Given = field(default_factory=dict)
@@ -76,4 +78,6 @@ class PhaseTrace:
             for name, each in data["pieces"].items()
         }
         gives = {name: (of, tuple(shape)) for name, (of, shape) in data["gives"].items()}
-        return cls(**{**data, "flops": flops, "work": work, "pieces": pieces, "gives": gives})
+        return cls(
+            **{**data, "shapes": tuple(data["shapes"]), "flops": flops, "work": work, "pieces": pieces, "gives": gives}
+        )
