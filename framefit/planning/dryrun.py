@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from framefit.cards import CARDS
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
@@ -41,6 +42,7 @@ from framefit.planning import chunks
 from framefit.planning.phase import Given, PhaseTrace
 from framefit.planning.placed import Cut, Placed, cut, kept, placed, watch
 from framefit.planning.traces import STAGES
+from framefit.rates import of_sheet
 from framefit.schedule import Schedule
 from framefit.testing import random_parts
 
@@ -104,9 +106,10 @@ def followed(
     transfer = transfer_for(parts.device, _tensors(parts))
     way = _Way(parts, plan, live, tally, known, transfer)
     moving = {module: sizes for each in cuts.values() for module, sizes in each.modules.items()}
+    spent = _Spent(tally)
     with ExitStack() as stack:
         stack.enter_context(_fakeness(parts))
-        stack.enter_context(_following(modules, standing, moving, at_work, tally))
+        stack.enter_context(_following(modules, standing, moving, at_work, tally, spent))
         watch(parts, lambda bytes: tally.move("host_to_device", bytes))
         if "vae" in parts:
             stack.enter_context(_steady(parts["vae"], live, tally))
@@ -118,10 +121,12 @@ def followed(
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
         count(way.go, tally)
+        spent.end("block", "leaf")
     return tuple(
         replace(
             _phase(name, placed(parts, weights, standing, way.used[name]), peak, tally.phases.get(name, Counts())),
-            pieces={part: cuts[part].pieces for part in way.used[name] if part in cuts}, gives=way.gave.get(name, {}),
+            pieces={part: cuts[part].shared(spent.seconds) for part in way.used[name] if part in cuts},
+            gives=way.gave.get(name, {}),
             shelf_bytes=way.shelved.get(name, 0),
         )
         for name, peak in live.phases.items()
@@ -345,6 +350,28 @@ def _named(name: str, part: Any) -> Iterator[tuple[nn.Module, str]]:
             yield module, f"{name}.{path}" if path else name
 
 
+class _Spent:
+    """What is computed from when a module is called whose weights may stream until the next one is, level by level."""
+
+    def __init__(self, tally: Tally) -> None:
+        self.seconds: dict[str, dict[nn.Module, float]] = {"block": {}, "leaf": {}}
+        """At a card's rates: of all cards the shares are alike."""
+        self._tally, self._rates = tally, of_sheet(CARDS["h200"])
+        self._open: dict[str, tuple[nn.Module, Counts, Counts]] = {}
+
+    def begin(self, level: str, module: nn.Module) -> None:
+        self.end(level)
+        counts = self._tally.counts
+        self._open[level] = module, counts, counts.copy()
+
+    def end(self, *levels: str) -> None:
+        for level in levels:
+            if level in self._open:
+                module, counts, before = self._open.pop(level)
+                own = self._rates.seconds_by_kind(counts.since(before).work) or {}
+                self.seconds[level][module] = self.seconds[level].get(module, 0.0) + sum(own.values())
+
+
 @contextmanager
 def _following(
     modules: Mapping[nn.Module, str],
@@ -352,6 +379,7 @@ def _following(
     moving: Mapping[nn.Module, Mapping[str, int]],
     at_work: list[str],
     tally: Tally,
+    spent: _Spent,
 ) -> Iterator[None]:
     """Keep `at_work` the path of the module that computes; count what stands for several, and what would move."""
 
@@ -360,10 +388,13 @@ def _following(
         tally.times *= standing.get(module, 1)
         for level, size in moving.get(module, {}).items():
             tally.move(level, size)
+            spent.begin(level, module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         at_work.pop()
         tally.times //= standing.get(module, 1)
+        if "." not in modules.get(module, "."):  # a whole component
+            spent.end("block", "leaf")
 
     handles = (
         nn.modules.module.register_module_forward_pre_hook(enter),

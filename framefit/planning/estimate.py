@@ -1,7 +1,7 @@
 """What a plan will need, phase by phase: the dry run's bytes and operations, put to a device's memory and rates.
 
     reserved = weights + activations and workspaces at their peak x what the allocator keeps beside + cuBLAS's
-               + the last pages of what grows
+               in whole pages, and the one that is taken off a limit (`Device.capped`)
     seconds  = operations over measured rates, bytes over bandwidth, kind by kind; copies that no computation hides;
                what the host draws and pins; kernels that are looked for at their first use
 
@@ -165,10 +165,11 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
     request, on_card = plan.request, plan.device.id != "cpu"
     video = request.width * request.height * request.num_frames * 3 if trace.name == "decode" else 0
     held = {f"weights of the {name}": size for name, size in trace.weights_bytes.items()} | dict(trace.held)
+    pages = -(-(weights + _reserved(trace, known)) // EXPANDING_BYTES) + 1
     return PhaseEstimate(
         name=trace.name,
         seconds=_seconds(trace, plan, checkpoint, known, new),
-        peak_vram_bytes=weights + _reserved(trace, known) if on_card else 0,
+        peak_vram_bytes=pages * EXPANDING_BYTES if on_card else 0,
         host_bytes=trace.host_bytes + trace.shelf_bytes + video + (0 if on_card else weights + trace.peak_bytes),
         pinned_bytes=trace.pinned_bytes + trace.shelf_bytes if on_card else 0,
         shelf_bytes=trace.shelf_bytes if on_card else 0,
@@ -178,10 +179,10 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
 
 
 def _reserved(trace: PhaseTrace, known: Rates | None) -> int:
-    """For everything but weights; the pages at the end of what grows are taken off a limit (`Device.capped`)."""
+    """For everything but weights."""
     kept = KEPT["vae" if trace.name in ("encode_image", "decode") else "denoiser"]
     cublas_bytes = known.unseen.cublas_workspace_bytes if known and known.unseen else 0
-    return math.ceil(kept * trace.peak_bytes) + cublas_bytes + EXPANDING_BYTES
+    return math.ceil(kept * trace.peak_bytes) + cublas_bytes
 
 
 def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates | None, new: int) -> float | None:
@@ -195,22 +196,22 @@ def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates
     times = steps_of(plan.request, checkpoint).get(trace.name.removeprefix("denoise:"), 1)
     # what lies in RAM goes there and comes from there, both ways at once, wherever weights are
     moved = max(trace.bytes["host_to_device"], trace.bytes["device_to_host"] if trace.shelf_bytes else 0)
-    step = _beside(work, moved, "none" if trace.shelf_bytes else plan.offload, known)
+    step = _beside(sum(work.values()), moved, trace.streams or ((1.0, moved),), plan.offload, known)
     begin = _copied(trace.onload_bytes, plan.offload, known)
     if plan.device.id != "cpu":
         begin += new * known.first_s + trace.shelf_bytes / known.pinned_gb_per_s / 1e9
     return begin + times * step
 
 
-def _beside(work: Mapping[str, float], bytes: int, offload: str, known: Rates) -> float:
-    """Seconds of a step whose weights come while it computes.
+def _beside(work_s: float, bytes: int, streams: Sequence[tuple[float, int]], offload: str, known: Rates) -> float:
+    """Seconds of a step of `work_s` while `bytes` come, as often as it takes through all of `streams`.
 
-    A block comes while the one before it computes. A layer comes while the layer before it does, and most layers are
-    products: attention hides the copy of one only. What is copied takes its share of the card's memory, too.
+    A piece comes while the one before it computes: it is waited for where that takes less long. What is copied takes
+    its share of the card's memory, too.
     """
-    copy = _copied(bytes, offload, known)
-    hides = work["matmul"] + work["convolution"] if offload == "leaf" else sum(work.values())
-    return sum(work.values()) - hides + max(hides, copy) + bytes / known.memory_gb_per_s / 1e9
+    often = bytes / (sum(size for _, size in streams) or 1)
+    waits = (often * _copied(size, offload, known) - share * work_s for share, size in streams)
+    return work_s + sum(max(0.0, wait) for wait in waits) + bytes / known.memory_gb_per_s / 1e9
 
 
 def _copied(bytes: int, offload: str, known: Rates) -> float:
