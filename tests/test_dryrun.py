@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from framefit.families import CHECKPOINTS, Checkpoint, wan
 from framefit.families.parts import Parts, load_parts
 from framefit.ledger.live import Live, block_bytes
 from framefit.passes import apply_all
+from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.planning import choose, dryrun, traces
 from framefit.planning.phase import Pieces
@@ -209,7 +211,8 @@ def test_what_lies_between_two_steps_is_what_a_run_holds(id: str, photo: Path, m
     """Counted in a real run: storages as large as the latents, in fp32, while its fourth step is predicted."""
     row = legal(tiny_row(id))
     plan = plan_of(row, photo, (64, 48, 5) if "i2vgen" not in id else (64, 64, 5), precision="fp32")
-    plan = replace(plan, request=replace(plan.request, steps=5, guidance=tuple(1.0 for _ in row.experts)))
+    request = replace(plan.request, steps=5, guidance=tuple(1.0 for _ in row.experts))
+    plan = replace(plan, request=request, device=Device.detect("cpu"))
     pipeline = Pipeline(plan, random_parts(row, dtype=torch.float32, device=CPU))
     state = pipeline.encode()
     found: list[int] = []

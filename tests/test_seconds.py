@@ -91,7 +91,7 @@ def test_seconds_add_up() -> None:
         (Sort("matmul", "fp32", 0), "calls"): 10**6, (Sort("attention", "fp32", 64), "amount"): 10**12,
     }  # fmt: skip
     assert FLAT.seconds_by_kind(work) == pytest.approx(
-        {"matmul": 2.0 + 1.0, "attention": 1.0, "convolution": 0.0, "elementwise": 1.0}
+        {"matmul": 2.0 + 1.0, "attention": 1.0, "convolution": 0.0, "elementwise": 1.0, "host": 0.0}
     )
     assert FLAT.seconds_by_kind({(Sort("matmul", "bf16", 0), "amount"): 1}) is None
 
