@@ -24,7 +24,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from framefit.cards import CARDS
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
@@ -41,8 +40,8 @@ from framefit.plan import Offload, Plan
 from framefit.planning import chunks
 from framefit.planning.phase import Given, PhaseTrace
 from framefit.planning.placed import Cut, Placed, cut, kept, placed, watch
+from framefit.planning.spent import Spent
 from framefit.planning.traces import STAGES
-from framefit.rates import of_sheet
 from framefit.schedule import Schedule
 from framefit.testing import random_parts
 
@@ -106,7 +105,7 @@ def followed(
     transfer = transfer_for(parts.device, _tensors(parts))
     way = _Way(parts, plan, live, tally, known, transfer)
     moving = {module: sizes for each in cuts.values() for module, sizes in each.modules.items()}
-    spent = _Spent(tally)
+    spent = Spent(tally)
     with ExitStack() as stack:
         stack.enter_context(_fakeness(parts))
         stack.enter_context(_following(modules, standing, moving, at_work, tally, spent))
@@ -350,28 +349,6 @@ def _named(name: str, part: Any) -> Iterator[tuple[nn.Module, str]]:
             yield module, f"{name}.{path}" if path else name
 
 
-class _Spent:
-    """What is computed from when a module is called whose weights may stream until the next one is, level by level."""
-
-    def __init__(self, tally: Tally) -> None:
-        self.seconds: dict[str, dict[nn.Module, float]] = {"block": {}, "leaf": {}}
-        """At a card's rates: of all cards the shares are alike."""
-        self._tally, self._rates = tally, of_sheet(CARDS["h200"])
-        self._open: dict[str, tuple[nn.Module, Counts, Counts]] = {}
-
-    def begin(self, level: str, module: nn.Module) -> None:
-        self.end(level)
-        counts = self._tally.counts
-        self._open[level] = module, counts, counts.copy()
-
-    def end(self, *levels: str) -> None:
-        for level in levels:
-            if level in self._open:
-                module, counts, before = self._open.pop(level)
-                own = self._rates.seconds_by_kind(counts.since(before).work) or {}
-                self.seconds[level][module] = self.seconds[level].get(module, 0.0) + sum(own.values())
-
-
 @contextmanager
 def _following(
     modules: Mapping[nn.Module, str],
@@ -379,7 +356,7 @@ def _following(
     moving: Mapping[nn.Module, Mapping[str, int]],
     at_work: list[str],
     tally: Tally,
-    spent: _Spent,
+    spent: Spent,
 ) -> Iterator[None]:
     """Keep `at_work` the path of the module that computes; count what stands for several, and what would move."""
 

@@ -152,7 +152,7 @@ def steps_of(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[str, int]
 
 
 def _first_met(traces: Sequence[PhaseTrace], met: Collection[int]) -> dict[str, int]:
-    """Phase -> shapes of convolutions that none before it has."""
+    """Phase -> how many shapes of convolutions it has that none before it had."""
     seen, new = set(met), {}
     for trace in traces:
         new[trace.name] = len(seen.union(trace.shapes)) - len(seen)

@@ -86,14 +86,6 @@ class PhaseTrace:
             name: Pieces(**each | {row: tuple(each[row]) for row in ROWS}) for name, each in data["pieces"].items()
         }
         gives = {name: (of, tuple(shape)) for name, (of, shape) in data["gives"].items()}
-        return cls(
-            **{
-                **data,
-                "shapes": tuple(data["shapes"]),
-                "streams": tuple((s, n) for s, n in data["streams"]),
-                "flops": flops,
-                "work": work,
-                "pieces": pieces,
-                "gives": gives,
-            }
-        )
+        shapes, streams = tuple(data["shapes"]), tuple((share, size) for share, size in data["streams"])
+        rest = {"flops": flops, "work": work, "shapes": shapes, "streams": streams, "pieces": pieces, "gives": gives}
+        return cls(**{**data, **rest})
