@@ -37,7 +37,7 @@ def hooked(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
 class _MagvitConvolution(ModelHook):  # type: ignore[misc]
     """Before the first frame was that frame. Of a convolution that halves time, fewer are remembered.
 
-    It makes frames channels-last, and they stay so through all layers behind it: no kernel copies them to be so.
+    Frames become channels-last here and stay so in all layers that follow: kernels find them as they read them.
     """
 
     def new_forward(self, module: EasyAnimateCausalConv3d, x: torch.Tensor, scale: int = 1) -> torch.Tensor:
@@ -49,7 +49,7 @@ class _MagvitConvolution(ModelHook):  # type: ignore[misc]
 
 
 class _MagvitResidual(ModelHook):  # type: ignore[misc]
-    """Adds what it took to what it made in place, and divides it by no one."""
+    """What it takes is added in place to what it makes of it."""
 
     def new_forward(self, module: EasyAnimateResidualBlock3D, x: torch.Tensor) -> torch.Tensor:
         shortcut = module.shortcut(x)
@@ -61,7 +61,7 @@ class _MagvitResidual(ModelHook):  # type: ignore[misc]
 
 
 class _MagvitNorm(ModelHook):  # type: ignore[misc]
-    """(F, C, H, W), every frame by itself. The parts of a group are its channels, one element of every pixel apart."""
+    """(F, C, H, W), every frame by itself. The parts of a group are its channels, which lie alike in memory."""
 
     def new_forward(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
         variances, means = (each.view(len(x), norm.num_groups, -1) for each in moments(x, (2, 3)))

@@ -25,7 +25,7 @@ Take = Callable[[int, int], torch.Tensor]
 def over_frames(
     convolution: nn.Conv3d, frames: Sequence[torch.Tensor | None], padding: tuple[int, int], scale: int = 1
 ) -> torch.Tensor:
-    """One frame (1, C', 1, H', W') of as many frames (1, C, 1, H, W) as the convolution looks over at once.
+    """(1, C', F', H', W') of frames (1, C, 1, H, W) in a row; before them and behind them there are no others.
 
     Args:
         frames: None stands for one of zeros.
