@@ -6,7 +6,8 @@ that the same. With `ram` these memories are on the card for the few layers at w
 `tile` the time goes by inside of every tile. Tiles have the halo that the convolutions need, so that they equal the
 whole. Where norms are over a whole picture, as EasyAnimate's, none can.
 
-Wan's convolutions pad their input by a copy of it. In pieces the convolution itself pads.
+Wan's convolutions pad their input by a copy of it. In pieces the convolution itself pads. Layers made for single frames
+(`passes/frames.py`) are EasyAnimate's with `frame` and `ram`, and Wan's with `ram`.
 """
 
 from __future__ import annotations

@@ -80,18 +80,17 @@ def _by_rows(
     step = max(1, STRIP_BYTES * rows // bytes // down)
     if step >= height:
         return _convolved(convolution, take(0, rows), padding)
-    out = None
+    out = like
     for begin in range(0, height, step):
         end = min(begin + step, height)
         top = max(begin * down - above, 0) // scale * scale
         bottom = min(-(-((end - 1) * down - above + tall) // scale) * scale, rows)
         made = _convolved(convolution, take(top, bottom), padding)
-        if out is None:
+        if begin == 0:
             out = _empty(made, height, channels_last=like.stride(1) == 1)
         first = begin - top // down
         out[..., begin:end, :] = made[..., first : first + end - begin, :]
         del made
-    assert out is not None
     return out
 
 
