@@ -108,7 +108,8 @@ def _convolution(args: Any, result: Any, precision: str, flops: int, bytes: int)
     image, weight = args[0], args[1]
     sort = Sort("convolution", precision, min(TILE, _up(min(weight.shape[:2]), CHANNELS)))
     if _channels_last(image):
-        yield sort, flops, bytes
+        biased = len(args) > 2 and isinstance(args[2], torch.Tensor)
+        yield sort, flops, bytes + 2 * biased * occupied(result)
         return
     ends = (image, weight, result)
     yield sort, flops, 2 * sum(map(occupied, ends)) + 2 * occupied(result)

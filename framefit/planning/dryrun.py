@@ -273,7 +273,8 @@ def _workspace(func: Any, args: Any, result: Any) -> int:
     cuDNN's fast kernels are channels-last: of channels-first input and output it makes copies, within 2 % of what
     encoders and decoders took beyond their tensors on an H200 (LOG, dry run). Torch has copied an input with gaps
     before, as a slice of frames is (aten/src/ATen/native/Convolution.cpp, `input.contiguous`). A softmax that is safe
-    where a row has no key asks every score whether it is one (native/transformers/attention.cpp).
+    where a row has no key asks every score whether it is one (native/transformers/attention.cpp). What is
+    channels-last needs no copies; it is counted alike until a card has shown what its kernels take then.
     """
     if func._overloadpacket in CONVOLUTIONS:
         return int(args[0].nbytes * (1 if gapless(args[0]) else 2) + result.nbytes)
