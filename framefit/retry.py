@@ -13,7 +13,7 @@ from framefit.checkpoint import State
 from framefit.errors import Cancelled, FramefitError
 from framefit.families import Checkpoint
 from framefit.pipeline import Pipeline, load
-from framefit.plan import Plan, Setting
+from framefit.plan import Decode, Plan, Setting
 from framefit.planning.suspects import decoding, suspects, withdrawn
 from framefit.quality.sanity import SEAM, Watch
 from framefit.report import Retry
@@ -74,15 +74,16 @@ class Again:
         first = self.pipeline
         plan = withdrawn(first.plan, self.checkpoint, free, f"withdrawn, as the video was not sound ({told})")
         fixed = frozenset(setting.type for setting in free)
-        if all(decoding(setting) for setting in free):
+        of_vae = all(decoding(setting) for setting in free)
+        if of_vae and not first.plan.setting(Decode).blend:
             first.rearrange(plan, fixed)
             findings = self.write(first, first.video(state))
-        else:
+        else:  # weights that were rounded are read anew
             first.unload()
             rungs = tuple(rung for rung in first.rungs if rung.setting not in fixed)
             second = load(plan, self.checkpoint, first.ledger, rungs=rungs, fixed=fixed)
             self.pipeline = second  # whatever comes, it is the one to close
-            findings = self.write(second, self.run(second))
+            findings = self.write(second, second.video(state) if of_vae else self.run(second))
         if findings:
             first.ledger.note(f"without {_named(free)} the video may not be sound either ({'; '.join(findings)}).")
         return findings

@@ -41,8 +41,10 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
         tiles = tuple(f"tile:{px}" for px in (512, 384, 256, 192, 128))  # fewer bytes move than with frames one by one
+        near = tuple(f"blend:{px}" for px in (512, 384, 256, 192, 128, 96))  # in half of the bytes, and sooner
         # the 5B's VAE sees one pixel in four: halos as many of its pixels wide cost more than memories that move
-        return ("whole", "ram", *tiles) if checkpoint["vae"].config.get("is_residual") else ("whole", *tiles)
+        exact = ("whole", "ram", *tiles) if checkpoint["vae"].config.get("is_residual") else ("whole", *tiles)
+        return (*exact, *near)
     return ("whole", "frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
 
 
