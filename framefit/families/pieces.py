@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from framefit.errors import UsageError
+from framefit.families.checkpoint import Checkpoint
 from framefit.families.fading import fade
+from framefit.request import ResolvedRequest
 
-__all__ = ["Pieces", "Shelf", "Span", "Stage", "Tile", "painted", "shelved", "through"]
+__all__ = ["Pieces", "Shelf", "Span", "Stage", "Tile", "borders", "painted", "shelved", "through"]
 
 
 class Shelf(Protocol):
@@ -260,6 +262,14 @@ def painted(
         for part in decode(tile):
             frames = canvas.paint(part, tile.corner(scale, reach), reach)
             yield frames if tile is tiles[-1] else frames[:0]
+
+
+def borders(checkpoint: Checkpoint, request: ResolvedRequest, tile_px: int) -> dict[str, list[int]]:
+    """Where the tiles of a picture begin but for the first, in pixels of each axis."""
+    stride = checkpoint["vae"].config.get("scale_factor_spatial", 8)  # diffusers' own default
+    tiles = Pieces(tile_px=tile_px).tiles(request.height // stride, request.width // stride, stride)
+    spans = {"x": {tile.columns.start for tile in tiles}, "y": {tile.rows.start for tile in tiles}}
+    return {axis: [start * stride for start in sorted(starts) if start] for axis, starts in spans.items()}
 
 
 def _spans(whole: int, most: int) -> list[Span]:

@@ -45,7 +45,9 @@ def apply(parts: Parts, setting: Decode) -> None:
     vae, shelf = parts["vae"], None
     if in_ram := setting.value == "ram":
         shelf = partial(Shelf, transfer_for(parts.device, weights(vae)))
-    parts.pieces = Pieces(one_by_one=setting.value == "frame", tile_px=setting.tile_px, blend=setting.blend, shelf=shelf)
+    parts.pieces = Pieces(
+        one_by_one=setting.value == "frame", tile_px=setting.tile_px, blend=setting.blend, shelf=shelf
+    )
     for module, hook in list(hooked(vae) if in_ram else _padding(vae)):
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
     _in_place(vae, in_ram)

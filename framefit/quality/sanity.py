@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from framefit.quality.stability import seam
+from framefit.quality.tiles import Borders, measure
 
 __all__ = ["SEAM", "Watch", "findings"]
 
@@ -54,6 +55,8 @@ class Watch:
     """Whether some lines of a large frame stand for all."""
     seams: bool = False
     """Whether to look for lines between tiles."""
+    borders: Borders = field(default_factory=dict)
+    """Where these would be; nothing: anywhere."""
     _black: list[bool] = field(default_factory=list)
     _flat: list[bool] = field(default_factory=list)
     _broken: list[bool] = field(default_factory=list)
@@ -93,10 +96,16 @@ class Watch:
     def _seam(self) -> list[str]:
         if not self._kept:
             return []
-        worst = seam(np.stack(self._kept))
-        if worst.ratio < SEAM_RATIO:
+        kept = np.stack(self._kept)
+        if self.borders:
+            along = measure(kept, self.borders)
+            ratio, axis, at_px = along.seam, along.axis, along.at_px
+        else:
+            worst = seam(kept)
+            ratio, axis, at_px = worst.ratio, worst.axis, worst.at_px
+        if ratio < SEAM_RATIO:
             return []
-        return [f"{SEAM}: a line at {worst.axis}={worst.at_px} stands out {worst.ratio:.1f}-fold"]
+        return [f"{SEAM}: a line at {axis}={at_px} stands out {ratio:.1f}-fold"]
 
 
 def _numbers(which: Any) -> str:
