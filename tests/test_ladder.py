@@ -348,11 +348,11 @@ def test_a_preview_that_breaks_off_leaves_no_trace(tiny: Tiny, make_plan: MakePl
 
 
 def test_a_cast_that_breaks_off_leaves_no_half(tiny: Tiny) -> None:
-    class Large(nn.Module):
-        def _apply(self, *arguments: Any, **facts: Any) -> nn.Module:
+    class Large(nn.Parameter):
+        def is_floating_point(self) -> bool:
             raise torch.OutOfMemoryError(FULL)
 
-    model = nn.Sequential(nn.Linear(4, 4).half(), nn.LayerNorm(4), Large())
+    model = nn.Sequential(nn.Linear(4, 4).half(), nn.LayerNorm(4), nn.ParameterList([Large(torch.ones(1))]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parts = Parts(tiny("i2vgen-xl"), {"unet": model}, torch.device("cpu"))
     with pytest.raises(torch.OutOfMemoryError):
