@@ -79,7 +79,7 @@ class Again:
         gone = frozenset(setting.type for setting in free)
         fixed = gone - {Decode.type}  # which comes down by exact values alone
         of_vae = all(decoding(setting) for setting in free)
-        if of_vae and not first.plan.setting(Decode).blend:
+        if of_vae and not any(isinstance(setting, Decode) and setting.blend for setting in free):
             first.rearrange(plan, fixed)
             findings = self.write(first, first.video(state))
         else:  # weights that were rounded are read anew
