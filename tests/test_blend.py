@@ -263,11 +263,16 @@ def test_compare_tells_of_tiles(tmp_path: Path) -> None:
 
 
 def test_a_run_is_watched_at_its_borders() -> None:
-    """Elsewhere a line is an edge of the scene."""
+    """Elsewhere a line is an edge of the scene, and so is one of many."""
     frames = np.broadcast_to(np.float32(0.3), (12, 64, 96, 3)).copy()
     frames += np.random.default_rng(0).random(frames.shape, np.float32) * 0.1
     frames[:, :, 48:] += 0.3
-    for borders, found in (({"x": (48,), "y": ()}, 1), ({"x": (32,), "y": (32,)}, 0), ({}, 1)):
+    for borders, found in (
+        ({"x": (48,), "y": ()}, 1),
+        ({"x": (48,), "y": (20, 40)}, 0),
+        ({"x": (32,), "y": (32,)}, 0),
+        ({}, 1),
+    ):
         watch = Watch(seams=True, borders=borders)
         for frame in (frames * 255).astype(np.uint8):
             watch.see(frame)

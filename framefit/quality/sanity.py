@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from framefit.quality.stability import seam
+from framefit.quality.stability import Seam, seam
 from framefit.quality.tiles import Borders, measure
 
 __all__ = ["SEAM", "Watch", "findings"]
@@ -98,14 +98,14 @@ class Watch:
             return []
         kept = np.stack(self._kept)
         if self.borders:
-            along = measure(kept, self.borders)
-            ratio, axis, at_px = along.seam, along.axis, along.at_px
+            met = measure(kept, self.borders)
+            usual, worst = met.usual, Seam(ratio=met.seam, axis=met.axis, at_px=met.at_px)
         else:
             worst = seam(kept)
-            ratio, axis, at_px = worst.ratio, worst.axis, worst.at_px
-        if ratio < SEAM_RATIO:
+            usual = worst.ratio
+        if usual < SEAM_RATIO:
             return []
-        return [f"{SEAM}: a line at {axis}={at_px} stands out {ratio:.1f}-fold"]
+        return [f"{SEAM}: a line at {worst.axis}={worst.at_px} stands out {worst.ratio:.1f}-fold"]
 
 
 def _numbers(which: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from framefit.quality.fidelity import Frames
@@ -26,6 +27,8 @@ class Tiles:
     axis: str
     at_px: int
     """Which border that is."""
+    usual: float
+    """The median of all borders: an edge of the scene lies along one or two, tiles that differ show at most."""
     reference: float | None
     """The same of the reference there, where there is one: an edge of the scene is in both."""
 
@@ -57,7 +60,9 @@ def measure(frames: Frames, borders: Borders, reference: Frames | None = None) -
     found = {(axis, at): ratio for axis, ratios in outliers(frames).items() for at, ratio in _at(ratios, borders[axis])}
     axis, at = max(found, key=lambda place: found[place])
     there = None if reference is None else dict(_at(outliers(reference)[axis], (at,)))[at]
-    return Tiles(borders=borders, seam=found[axis, at], axis=axis, at_px=at, reference=there)
+    return Tiles(
+        borders=borders, seam=found[axis, at], axis=axis, at_px=at, usual=median(found.values()), reference=there
+    )
 
 
 def _at(ratios: Any, places: tuple[int, ...]) -> list[tuple[int, float]]:
