@@ -84,7 +84,8 @@ class Decode(Setting):
 
     Whole pictures, the frames of one latent together, as the reference does (whole); whole pictures one by one (frame),
     with what the layers remember of those before in RAM (ram); or one tile of all pictures after the other, of at most
-    PX pixels each way (tile:PX). The maths is the same.
+    PX pixels each way (tile:PX). The maths is the same. Tiles that do with half of what they depend on, and fade into
+    each other, of a VAE in the plan's precision (blend:PX), differ a little.
     """
 
     type = "decode"
@@ -96,7 +97,20 @@ class Decode(Setting):
     @classmethod
     def accepts(cls, value: str) -> bool:
         kind, _, size = value.partition(":")
-        return value in cls.values or (kind == "tile" and size.isdecimal() and int(size) > 0)
+        return value in cls.values or (kind in ("tile", "blend") and size.isdecimal() and int(size) > 0)
+
+    @classmethod
+    def possible(cls) -> tuple[str, ...]:
+        return (*cls.values, cls.more, "blend:PX")
+
+    @property
+    def tier(self) -> Tier:
+        return "near" if self.blend else "exact"
+
+    @property
+    def blend(self) -> bool:
+        """Whether tiles fade into each other."""
+        return self.value.startswith("blend:")
 
     @property
     def tile_px(self) -> int:

@@ -20,7 +20,7 @@ from framefit import __version__, photo, video
 from framefit.checkpoint import default_root
 from framefit.errors import BadInput
 from framefit.families import Checkpoint, bundled
-from framefit.plan import Plan, Window
+from framefit.plan import Decode, Plan, Window
 from framefit.request import Request
 
 __all__ = ["Recipe", "parameters", "recipe", "remember"]
@@ -62,6 +62,7 @@ def parameters(checkpoint: Checkpoint, plan: Plan, weights: str, crf: int) -> di
         "precision": plan.precision,
         "settings": {s.type: s.value for s in plan.settings},
         **_windows(checkpoint, plan),
+        **_tiles(checkpoint, plan),
         "weights": weights,
         "crf": crf,
         "device": plan.device.name,
@@ -79,6 +80,14 @@ def _windows(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     made = [Windows.of(s, stride) for s in plan.settings if isinstance(s, Window) and s.frames]
     spans = [list(span) for each in made for span in each.frames(plan.request.num_frames, stride)]
     return {"windows": spans} if len(spans) > 1 else {}
+
+
+def _tiles(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """Where tiles meet, likewise; nothing where all are as they would be in the whole."""
+    from framefit.families.pieces import borders
+
+    met = [borders(checkpoint, plan.request, s.tile_px) for s in plan.settings if isinstance(s, Decode) and s.blend]
+    return {"tiles": met[0]} if met else {}
 
 
 def remember(checkpoint: Checkpoint, plan: Plan, weights: str) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from framefit.checkpoint import State
 from framefit.errors import Cancelled, FramefitError
 from framefit.families import Checkpoint
+from framefit.families.pieces import borders
 from framefit.pipeline import Pipeline, load
-from framefit.plan import Plan, Setting
+from framefit.plan import Decode, Plan, Setting
 from framefit.planning.suspects import decoding, suspects, withdrawn
 from framefit.quality.sanity import SEAM, Watch
 from framefit.report import Retry
@@ -24,8 +25,10 @@ __all__ = ["Again", "watch_for", "watched"]
 
 def watch_for(plan: Plan, checkpoint: Checkpoint) -> Watch:
     """For seams only where the plan may make some: an edge of the scene looks like one."""
-    vae = suspects(plan, checkpoint, seam_alone=True)
-    return Watch(thin=True, seams=any(decoding(setting) for setting in vae))
+    vae = [setting for setting in suspects(plan, checkpoint, seam_alone=True) if decoding(setting)]
+    known = [setting for setting in vae if isinstance(setting, Decode)]
+    met = borders(checkpoint, plan.request, known[0].tile_px) if known == vae and known else {}
+    return Watch(thin=True, seams=bool(vae), borders={axis: tuple(lines) for axis, lines in met.items()})
 
 
 @dataclass(slots=True)
@@ -73,16 +76,18 @@ class Again:
     def _made(self, state: State, free: Sequence[Setting], told: str) -> Sequence[str]:
         first = self.pipeline
         plan = withdrawn(first.plan, self.checkpoint, free, f"withdrawn, as the video was not sound ({told})")
-        fixed = frozenset(setting.type for setting in free)
-        if all(decoding(setting) for setting in free):
+        gone = frozenset(setting.type for setting in free)
+        fixed = gone - {Decode.type}  # which comes down by exact values alone
+        of_vae = all(decoding(setting) for setting in free)
+        if of_vae and not any(isinstance(setting, Decode) and setting.blend for setting in free):
             first.rearrange(plan, fixed)
             findings = self.write(first, first.video(state))
-        else:
+        else:  # weights that were rounded are read anew
             first.unload()
-            rungs = tuple(rung for rung in first.rungs if rung.setting not in fixed)
+            rungs = tuple(rung for rung in first.rungs if rung.setting not in gone)
             second = load(plan, self.checkpoint, first.ledger, rungs=rungs, fixed=fixed)
             self.pipeline = second  # whatever comes, it is the one to close
-            findings = self.write(second, self.run(second))
+            findings = self.write(second, second.video(state) if of_vae else self.run(second))
         if findings:
             first.ledger.note(f"without {_named(free)} the video may not be sound either ({'; '.join(findings)}).")
         return findings

@@ -25,7 +25,7 @@ from framefit.request import ResolvedRequest
 
 __all__ = [
     "IMAGE_ENCODERS", "PRECISIONS", "TEXT_ENCODERS", "Family", "Notice", "Parts", "Placement", "Read", "Tensors",
-    "build", "load_parts", "noise", "weights",
+    "build", "load_parts", "noise", "round_to", "weights",
 ]  # fmt: skip
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -96,7 +96,7 @@ class Parts:
             return
         before = [(tensor, tensor.dtype) for tensor in weights(self[name])]
         try:
-            self[name].to(dtype)
+            round_to(self[name], dtype)
         except torch.OutOfMemoryError:  # half of it would be in each
             for tensor, usual in before:
                 tensor.data = tensor.data.to(usual)
@@ -240,6 +240,13 @@ def build(row: Component) -> Any:
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:
     """Its parameters and buffers, shared ones once."""
     return [*module.parameters(), *module.buffers()]
+
+
+def round_to(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Its floating-point weights in another precision, tensor by tensor."""
+    for tensor in weights(module):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> torch.Tensor:

@@ -16,8 +16,11 @@ import numpy as np
 import torch
 
 from framefit.errors import UsageError
+from framefit.families.checkpoint import Checkpoint
+from framefit.families.fading import fade
+from framefit.request import ResolvedRequest
 
-__all__ = ["Pieces", "Shelf", "Span", "Stage", "Tile", "painted", "shelved", "through"]
+__all__ = ["Pieces", "Shelf", "Span", "Stage", "Tile", "borders", "painted", "shelved", "through"]
 
 
 class Shelf(Protocol):
@@ -42,6 +45,8 @@ class Pieces:
     """Whether a frame goes through all layers before the next one; else as many at once as the reference takes."""
     tile_px: int = 0
     """Most that a tile measures each way, in pixels, without its halo; 0: whole pictures."""
+    blend: bool = False
+    """Whether a decoder's tiles have less of a halo than they depend on, and fade into each other (`fading.py`)."""
     shelf: Callable[[], Shelf] | None = None
     """Makes one for a way through a video; None: what stages remember stays on the device."""
     each: Callable[[Sequence[Tile]], Iterable[Tile]] = iter
@@ -56,8 +61,9 @@ class Pieces:
         if not self.tile_px:
             return []
         if not stride <= self.tile_px < stride * max(height, width):
+            way = "blend" if self.blend else "tile"
             raise UsageError(
-                f"decode=tile:{self.tile_px} cannot divide frames of {width * stride}x{height * stride}: use a tile "
+                f"decode={way}:{self.tile_px} cannot divide frames of {width * stride}x{height * stride}: use a tile "
                 f"of {stride} to {stride * max(height, width) - 1} pixels, or decode=frame for whole frames."
             )
         most = self.tile_px // stride
@@ -224,18 +230,22 @@ class _Canvas:
     frames: np.ndarray
     done: int = field(default=0)
 
-    def paint(self, part: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
+    def paint(self, part: torch.Tensor, corner: tuple[int, int], reach: int) -> torch.Tensor:
         """The next frames of a tile, (f, h, w, 3), and the whole frames as far as they are painted."""
         begin, end = self.done, self.done + part.shape[0]
         window = self.frames[begin:end, corner[0] : corner[0] + part.shape[1], corner[1] : corner[1] + part.shape[2]]
-        torch.from_numpy(window).copy_(part)
+        there = torch.from_numpy(window)
+        if reach:
+            fade(there, part, corner, 2 * reach)
+        there.copy_(part)
         self.done = end
         return torch.from_numpy(self.frames[begin:end])
 
 
 def painted(
-    tiles: Sequence[Tile], pieces: Pieces, decode: Callable[[Tile], Iterator[torch.Tensor]], scale: int, num_frames: int
-) -> Iterator[torch.Tensor]:
+    tiles: Sequence[Tile], pieces: Pieces, decode: Callable[[Tile], Iterator[torch.Tensor]], scale: int,
+    num_frames: int, reach: int = 0,
+) -> Iterator[torch.Tensor]:  # fmt: skip
     """The frames of all tiles side by side, uint8 (f, H, W, 3): as the last tile gives them, and before it none.
 
     After every piece of an earlier tile comes a chunk of no frames, so that whoever reads them may stop there.
@@ -243,14 +253,23 @@ def painted(
     Args:
         decode: the frames of one tile, uint8 (f, h, w, 3), piece by piece.
         scale: pixels of a frame to one of the latents.
+        reach: pixels by which tiles reach over their borders; over twice as many they fade into those before.
     """
     height, width = tiles[0].rows.whole * scale, tiles[0].columns.whole * scale
     canvas = _Canvas(np.empty((num_frames, height, width, 3), np.uint8))
     for tile in pieces.each(tiles):
         canvas.done = 0
         for part in decode(tile):
-            frames = canvas.paint(part, tile.corner(scale))
+            frames = canvas.paint(part, tile.corner(scale, reach), reach)
             yield frames if tile is tiles[-1] else frames[:0]
+
+
+def borders(checkpoint: Checkpoint, request: ResolvedRequest, tile_px: int) -> dict[str, list[int]]:
+    """Where the tiles of a picture begin but for the first, in pixels of each axis."""
+    stride = checkpoint["vae"].config.get("scale_factor_spatial", 8)  # diffusers' own default
+    tiles = Pieces(tile_px=tile_px).tiles(request.height // stride, request.width // stride, stride)
+    spans = {"x": {tile.columns.start for tile in tiles}, "y": {tile.rows.start for tile in tiles}}
+    return {axis: [start * stride for start in sorted(starts) if start] for axis, starts in spans.items()}
 
 
 def _spans(whole: int, most: int) -> list[Span]:

@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify as patchif
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify as unpatchified
 from torch import nn
 
+from framefit.families.fading import REACH, narrowed
 from framefit.families.pieces import Pieces, Stage, Tile, painted, shelved, through
 from framefit.families.pixels import to_frames
 
@@ -48,11 +49,15 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
     if tiles:  # every one of them begins from these
         features = list(features)
 
+    stages, reach = _up, 0
+    if pieces.blend:
+        stages, reach = _near_up, REACH * (vae.config.patch_size or 1)
+
     def of(tile: Tile | None) -> Iterator[torch.Tensor]:
-        return frames(through(_up(vae.decoder), features, tile, one_by_one=pieces.one_by_one))
+        return frames(through(stages(vae.decoder), features, tile, one_by_one=pieces.one_by_one))
 
     num_frames = (latents.shape[2] - 1) * vae.config.scale_factor_temporal + 1
-    yield from painted(tiles, pieces, of, stride, num_frames) if tiles else of(None)
+    yield from painted(tiles, pieces, of, stride, num_frames, reach) if tiles else of(None)
 
 
 def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Tensor:
@@ -113,6 +118,13 @@ def _up(decoder: Any) -> list[Stage]:
         halo = (halo if growth == 1 else -(-(halo + 1) // 2)) + _reach(block)
         stages.append(Stage(run=_block(block, starts=True), scale=scale, halo=halo))
     return stages[::-1]
+
+
+def _near_up(decoder: Any) -> list[Stage]:
+    """The same with less of a halo, and with what tiles fade over."""
+    stages = _up(decoder)
+    last = stages[-1].scale
+    return [replace(each, halo=narrowed(each.halo, each.scale / last)) for each in stages]
 
 
 def _down(encoder: Any) -> list[Stage]:

@@ -4,7 +4,8 @@ Frames leave the VAE as they are made, whatever the setting: that is how the fam
 behind the first see one frame at a time in place of the two or four that a latent frame grows to; their memories make
 that the same. With `ram` these memories are on the card for the few layers at work only (`families/pieces.py`). With
 `tile` the time goes by inside of every tile. Tiles have the halo that the convolutions need, so that they equal the
-whole. Where norms are over a whole picture, as EasyAnimate's, none can.
+whole. Where norms are over a whole picture, as EasyAnimate's, none can. With `blend` decoded tiles have half of that
+halo and fade into each other (`families/fading.py`), and the VAE computes in the denoiser's precision.
 
 Wan's convolutions pad their input by a copy of it. In pieces the convolution itself pads. Layers made for single frames
 (`passes/frames.py`) are EasyAnimate's with `frame` and `ram`, and Wan's with `ram`.
@@ -41,9 +42,13 @@ def apply(parts: Parts, setting: Decode) -> None:
         return
     if reason := _refusal(parts, setting):
         raise UsageError(f"decode={setting.value} cannot be for {parts.checkpoint.id}: {reason}.")
+    if setting.blend:
+        _round(parts)
     vae, in_ram = parts["vae"], setting.value == "ram"
     shelf = partial(Shelf, transfer_for(parts.device, weights(vae))) if in_ram else None
-    parts.pieces = Pieces(one_by_one=setting.value == "frame", tile_px=setting.tile_px, shelf=shelf)
+    parts.pieces = Pieces(
+        one_by_one=setting.value == "frame", tile_px=setting.tile_px, blend=setting.blend, shelf=shelf
+    )
     by_frames = in_ram or isinstance(vae, AutoencoderKLMagvit)
     for module, hook in list(hooked(vae) if by_frames else _padding(vae)):
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
@@ -51,12 +56,19 @@ def apply(parts: Parts, setting: Decode) -> None:
 
 
 def remove(parts: Parts) -> None:
-    """As if this pass had never been applied."""
+    """As if this pass had never been applied, but that a VAE that `blend` rounded stays so."""
     parts.pieces = Pieces()
     for module in parts["vae"].modules():
         if hasattr(module, "_diffusers_hook"):
             module._diffusers_hook.remove_hook(HOOK, recurse=False)
     _in_place(parts["vae"], False)
+
+
+def _round(parts: Parts) -> None:
+    """To the denoiser's precision, where there is one."""
+    expert = parts.checkpoint.experts[0]
+    if expert in parts and parts.dtype(expert) != parts.dtype("vae"):
+        parts.cast("vae", parts.dtype(expert))
 
 
 def _padding(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:

@@ -22,7 +22,7 @@ from torch import nn
 
 from framefit.device import Device
 from framefit.errors import UsageError
-from framefit.families.parts import TEXT_ENCODERS, Parts, weights
+from framefit.families.parts import TEXT_ENCODERS, Parts, round_to, weights
 from framefit.ledger.disk import DiskTransfer
 from framefit.ledger.live import block_bytes
 from framefit.ledger.transfer import NoTransfer, Room, Slab, Transfer, transfer_for
@@ -150,7 +150,7 @@ class Offloaded:
         self.use([other for other in before if other != name])
         component = self.components[name]
         component.remove()
-        component.model.to(dtype)
+        round_to(component.model, dtype)
         self.take({name: component.model})
         self.use(before)
 

@@ -31,8 +31,8 @@ class Candidates:
     values: Callable[[Checkpoint], tuple[str, ...]]
     moves_weights: bool = False
     """Whether there are fewer bytes of weights with some of them."""
-    open: Callable[[Plan, str], bool] = lambda plan, value: True
-    """Whether a plan can have a value."""
+    open: Callable[[Plan, str, Tier], bool] = lambda plan, value, tier: True
+    """Whether a plan can have a value, and would where this tier is allowed."""
 
 
 def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -42,8 +42,10 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
         tiles = tuple(f"tile:{px}" for px in (512, 384, 256, 192, 128))  # fewer bytes move than with frames one by one
+        near = tuple(f"blend:{px}" for px in (512, 384, 320, 256, 192, 112))  # in half of the bytes
         # the 5B's VAE sees one pixel in four: halos as many of its pixels wide cost more than memories that move
-        return ("whole", "ram", *tiles) if checkpoint["vae"].config.get("is_residual") else ("whole", *tiles)
+        exact = ("whole", "ram", *tiles) if checkpoint["vae"].config.get("is_residual") else ("whole", *tiles)
+        return (*exact, *near)
     return ("whole", "frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
 
 
@@ -52,9 +54,11 @@ def _chunk(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("none", "rows") if checkpoint.family == "i2vgen" else ("none", "rows:16384", "rows:8192", "rows")
 
 
-def _divides(plan: Plan, value: str) -> bool:
+def _divides(plan: Plan, value: str, tier: Tier) -> bool:
     if value == "ram":
         return plan.device.id != "cpu"  # where all is in RAM, nothing is spared
+    if value.startswith("tile") and tier != "exact":
+        return False  # tiles that blend are sooner and smaller
     return Decode(value=value).tile_px < max(plan.request.width, plan.request.height)
 
 
@@ -86,7 +90,7 @@ def ladder(each: Candidates, plan: Plan, checkpoint: Checkpoint, tier: Tier) -> 
     return tuple(
         value
         for value in values[values.index(stands) :]
-        if value == stands or (each.kind(value=value).tier in allowed and each.open(plan, value))
+        if value == stands or (each.kind(value=value).tier in allowed and each.open(plan, value, tier))
     )
 
 

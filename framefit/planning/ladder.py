@@ -1,8 +1,8 @@
 """What to do when memory runs out in spite of the plan: for each phase the settings that need less, one rung at a time.
 
-LADDER is in the order of what a rung costs in time. Every rung is exact: the same maths, so that a run goes on from
-the step where it stands. A rung is never taken on a setting that the user asked for. Knows nothing of how a loaded
-model is changed: that is the passes' work.
+LADDER is in the order of what a rung costs in time. Every rung is exact, or as near as what stood before: the same
+maths, so that a run goes on from the step where it stands. A rung is never taken on a setting that the user asked for.
+Knows nothing of how a loaded model is changed: that is the passes' work.
 """
 
 from __future__ import annotations
@@ -50,11 +50,17 @@ def _decodes(plan: Plan) -> tuple[str, ...]:
     return next(each.values(checkpoint) for each in CANDIDATES if each.kind is Decode)
 
 
+def _divides(plan: Plan, value: str) -> bool:
+    return value in _decodes(plan) and max(plan.request.width, plan.request.height) > Decode(value=value).tile_px
+
+
 LADDER: tuple[Relief, ...] = (
     Relief(kind=Decode, before="whole", after="frame", phases=("encode_image", "decode"), ram=True,
            helps=lambda plan: "frame" in _decodes(plan)),
     Relief(kind=Decode, before="*", after="tile:128", phases=("encode_image", "decode"), ram=True,
-           helps=lambda plan: "tile:128" in _decodes(plan) and max(plan.request.width, plan.request.height) > 128),
+           helps=lambda plan: not plan.setting(Decode).blend and _divides(plan, "tile:128")),
+    Relief(kind=Decode, before="blend:*", after="blend:112", phases=("encode_image", "decode"), ram=True,
+           helps=lambda plan: _divides(plan, "blend:112")),
     Relief(kind=Guidance, before="together", after="apart", phases=("denoise",), ram=True,
            helps=lambda plan: plan.request.guided),
     Relief(kind=Chunk, before="none", after="rows", phases=("denoise",), ram=True,

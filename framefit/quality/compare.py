@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from framefit import video
 from framefit.errors import BadInput, UsageError
-from framefit.quality import fidelity, stability, windows
+from framefit.quality import fidelity, stability, tiles, windows
 from framefit.quality.fidelity import Frames
 from framefit.quality.motion import motion
 from framefit.quality.sanity import findings
+from framefit.quality.tiles import Tiles
 from framefit.quality.windows import Windows
 
 __all__ = ["METRICS", "Comparison", "Metric", "Score", "beyond", "compare", "load"]
@@ -77,6 +78,8 @@ class Comparison:
     """Frames that ours would have to begin later to fit much better, for videos of one length; mostly 0."""
     windows: Windows | None = None
     """Of ours, where it was made in windows and they can be measured."""
+    tiles: Tiles | None = None
+    """Of ours, where it was made in tiles that differ."""
 
     @property
     def notes(self) -> list[str]:
@@ -94,6 +97,8 @@ class Comparison:
             said.append(f"{self.ours} would fit {self.reference} better {abs(self.lag)} frames {when}.")
         if self.windows:
             said.append(f"{self.ours} was {self.windows}")
+        if self.tiles:
+            said.append(f"{self.ours} was {self.tiles}")
         return said
 
     def to_json(self) -> dict[str, Any]:
@@ -126,6 +131,7 @@ def compare(
     a, b = a[first[0] :], b[first[1] :]
     count = min(len(a), len(b))
     a, b = a[:count], b[:count]
+    borders = tiles.borders(video.inspect(ours).parameters, a.shape[2], a.shape[1])
     for name in METRICS if metrics is None else metrics:
         try:
             scores[name] = METRICS[name].measure(a, b, lpips_weights)
@@ -136,6 +142,7 @@ def compare(
     return Comparison(
         ours=ours, reference=reference, width=a.shape[2], height=a.shape[1], num_frames=count, first=first,
         lengths=lengths, scores=scores, missing=missing, faults=faults, lag=lag, windows=joined,
+        tiles=tiles.measure(a, borders, b) if borders else None,
     )  # fmt: skip
 
 

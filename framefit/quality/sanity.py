@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from framefit.quality.stability import seam
+from framefit.quality.stability import Seam, seam
+from framefit.quality.tiles import Borders, measure
 
 __all__ = ["SEAM", "Watch", "findings"]
 
@@ -54,6 +55,8 @@ class Watch:
     """Whether some lines of a large frame stand for all."""
     seams: bool = False
     """Whether to look for lines between tiles."""
+    borders: Borders = field(default_factory=dict)
+    """Where these would be; nothing: anywhere."""
     _black: list[bool] = field(default_factory=list)
     _flat: list[bool] = field(default_factory=list)
     _broken: list[bool] = field(default_factory=list)
@@ -93,8 +96,14 @@ class Watch:
     def _seam(self) -> list[str]:
         if not self._kept:
             return []
-        worst = seam(np.stack(self._kept))
-        if worst.ratio < SEAM_RATIO:
+        kept = np.stack(self._kept)
+        if self.borders:
+            met = measure(kept, self.borders)
+            usual, worst = met.usual, Seam(ratio=met.seam, axis=met.axis, at_px=met.at_px)
+        else:
+            worst = seam(kept)
+            usual = worst.ratio
+        if usual < SEAM_RATIO:
             return []
         return [f"{SEAM}: a line at {worst.axis}={worst.at_px} stands out {worst.ratio:.1f}-fold"]
 

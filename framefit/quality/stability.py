@@ -10,7 +10,7 @@ import numpy.typing as npt
 from framefit.errors import UsageError
 from framefit.quality.fidelity import Frames
 
-__all__ = ["Seam", "drift", "flicker", "seam"]
+__all__ = ["Seam", "drift", "flicker", "outliers", "seam"]
 
 LUMA = np.array([0.2126, 0.7152, 0.0722])
 """BT.709."""
@@ -66,13 +66,20 @@ def seam(frames: Frames, reference: Frames | None = None) -> Seam:
 
     Edges of the scene are no seams: with a reference they cancel, without one a still picture of a building has some.
     """
+    ratios = outliers(frames, reference)
+    axis = max(ratios, key=lambda axis: float(ratios[axis].max()))
+    at = int(ratios[axis].argmax())
+    return Seam(ratio=float(ratios[axis][at]), axis=axis, at_px=at + 1)
+
+
+def outliers(frames: Frames, reference: Frames | None = None) -> dict[str, npt.NDArray[np.float64]]:
+    """Axis -> for every line but the first, the mean step onto it over the median of its neighbours'; as `seam`."""
     steps = {axis: np.zeros(side - 1) for axis, side in (("x", frames.shape[2]), ("y", frames.shape[1]))}
     for index, frame in enumerate(frames):
         light = frame @ LUMA - (reference[index] @ LUMA if reference is not None else 0)
         steps["x"] += np.abs(np.diff(light, axis=1)).mean(0) / len(frames)
         steps["y"] += np.abs(np.diff(light, axis=0)).mean(1) / len(frames)
-    found = [Seam(ratio=ratio, axis=axis, at_px=at) for axis, line in steps.items() for ratio, at in [_outlier(line)]]
-    return max(found, key=lambda one: one.ratio)
+    return {axis: _ratios(line) for axis, line in steps.items()}
 
 
 def _block_means(light: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -83,10 +90,8 @@ def _block_means(light: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return means
 
 
-def _outlier(steps: npt.NDArray[np.float64]) -> tuple[float, int]:
-    """The largest ratio of a step to the median of its neighbours, and where."""
+def _ratios(steps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     padded = np.pad(steps, NEIGHBOURS, mode="reflect" if len(steps) > NEIGHBOURS else "edge")
     around = np.lib.stride_tricks.sliding_window_view(padded, 2 * NEIGHBOURS + 1)
-    ratios = (steps + LEAST_STEP) / (np.median(around, axis=1) + LEAST_STEP)
-    at = int(ratios.argmax())
-    return float(ratios[at]), at + 1
+    ratios: npt.NDArray[np.float64] = (steps + LEAST_STEP) / (np.median(around, axis=1) + LEAST_STEP)
+    return ratios
