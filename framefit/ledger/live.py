@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -94,7 +95,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.layout == torch.strided:
+            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided and not _nowhere(leaf):
                 self._meet(leaf, func)
         if extra := self._workspace(func, args, result):
             held = self._held(extra, f"workspace of {_name(func)}", result)
@@ -124,6 +125,12 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._bytes + bytes > self._peak.bytes:
             self._peak.bytes = self._bytes + bytes
             self._peak.held = [*(held for held, _ in self._alive.values()), *passing]
+
+
+def _nowhere(tensor: torch.Tensor) -> bool:
+    """Whether it is on the meta device. Every other question about the device of a fake tensor is dispatched."""
+    device: torch.device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return device.type == "meta"
 
 
 def _name(func: Any) -> str:
