@@ -235,10 +235,10 @@ def _for_twins(phase: PhaseTrace, twins: Mapping[str, str]) -> Iterator[PhaseTra
 
 
 def _models(stage: str, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The components that a stage calls or asks."""
+    """The components that a stage calls."""
     if stage == "denoise":
         return checkpoint.experts
-    asked = {"encode_text": TEXT_ENCODERS, "encode_image": (*IMAGE_ENCODERS, checkpoint.experts[0]), "decode": ("vae",)}
+    asked = {"encode_text": TEXT_ENCODERS, "encode_image": IMAGE_ENCODERS, "decode": ("vae",)}
     return asked[stage]
 
 
