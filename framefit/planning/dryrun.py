@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
+from math import prod
 from typing import Any, Self, cast
 
 import torch
@@ -416,11 +417,15 @@ class _Form:
 
     def made(self) -> torch.Tensor:
         """Another one, of zeros where it has contents."""
-        memory = torch.empty(self.storage_bytes // self.dtype.itemsize, dtype=self.dtype)
-        if not isinstance(memory, FakeTensor):
+        items = self.storage_bytes // self.dtype.itemsize
+        if items == prod(self.shape):
+            made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+        else:
+            made = torch.empty(items, dtype=self.dtype).as_strided(self.shape, self.strides, self.offset)
+        if not isinstance(made, FakeTensor):
             with _disable_current_modes():  # the program does no such thing
-                memory.zero_()
-        return memory.as_strided(self.shape, self.strides, self.offset)
+                made.untyped_storage().fill_(0)  # type: ignore[attr-defined]
+        return made
 
 
 @dataclass(slots=True)
