@@ -412,8 +412,8 @@ class _Form:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
-        lies = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.untyped_storage().nbytes()
-        return cls(tensor.dtype, *lies)
+        offset, storage_bytes = int(tensor.storage_offset()), tensor.untyped_storage().nbytes()
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), offset, storage_bytes)
 
     def made(self) -> torch.Tensor:
         """Another one, of zeros where it has contents."""
