@@ -272,6 +272,39 @@ def test_where_nothing_fits_it_says_what_would(seed: int, monkeypatch: pytest.Mo
         assert fitted(plan_for(budget), I2VGEN, tier="near").feasible
 
 
+@pytest.mark.usefixtures("more")
+def test_where_nothing_fits_little_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the plan a few states and the leanest, of smaller requests the leanest alone."""
+    asked = made_up(1, monkeypatch)
+    plan = plan_for(2.5)
+    assert not fitted(plan, I2VGEN).feasible
+    assert len({tuple(each.items()) for each in asked}) <= fit.TRIED + 1
+    asked.clear()
+    changes(plan, I2VGEN)
+    shapes = {kind: {each[kind] for each in asked} for kind in ("chunk", "guidance", "rows", "tiles")}
+    assert shapes == {"chunk": {"rows"}, "guidance": {"apart"}, "rows": {"few"}, "tiles": {"tiled"}}
+
+
+@pytest.mark.parametrize(
+    ("id", "size"), [("wan2.2-i2v-a14b", (832, 480, 9)), ("easyanimate-v5.1-12b-inp", (672, 384, 9))]
+)
+def test_the_last_values_leave_least_beside_the_weights(id: str, size: tuple[int, int, int], tmp_path: Path) -> None:
+    """What `hopeless` rests on."""
+    row = CHECKPOINTS[id]
+    width, height, num_frames = size
+    request = Request(
+        image=Path("x.jpg"), prompt="x", model=id, width=width, height=height, num_frames=num_frames, seed=1
+    )
+    plan = choose(request, row, Device.named("rtx-4090"), photo_size=(9, 9))
+    for each in CANDIDATES:
+        peaks: dict[str, list[int]] = {}
+        for value in candidates.ladder(each, plan, row, "exact"):
+            settings = tuple(type(s)(value=value) if isinstance(s, each.kind) else s for s in plan.settings)
+            for trace in traces.resident(replace(plan, settings=settings), row, tmp_path):
+                peaks.setdefault(trace.name, []).append(trace.peak_bytes)
+        assert all(fit.LEAST * of[-1] <= min(of) for of in peaks.values()), (each.kind.type, peaks)
+
+
 # against the pass
 
 

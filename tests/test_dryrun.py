@@ -162,15 +162,61 @@ def test_its_weights_are_those_of_a_model_that_was_loaded_in_half_precision(tmp_
         assert bytes == sum(block_bytes(tensor.nbytes) for tensor in own), name
 
 
-def test_calls_as_before_are_as_if_they_were_traced(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = legal(tiny_row("wan2.2-i2v-a14b"))
-    plan = plan_of(row, photo, (64, 48, 29))
-    short = dryrun.trace(plan, row)
+@pytest.mark.parametrize(
+    ("id", "decode"),
+    [
+        *(("wan2.2-i2v-a14b", decode) for decode in ("whole", "frame", "tile:32", "ram")),
+        ("wan2.2-ti2v-5b", "tile:32"),
+        *(("easyanimate-v5.1-7b-inp", decode) for decode in ("whole", "frame")),
+    ],
+)
+def test_what_is_as_before_is_as_if_it_were_traced(
+    id: str, decode: str, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latent frames after the third, and equal calls of a layer: bytes, work, and how much is largest at the peak."""
+    row = legal(tiny_row(id))
+    plan = plan_of(row, photo, (64, 64 if "5b" in id else 48, 21), settings={"decode": decode})
+    known: dict[str, Any] = {"encode_text": {}, "denoise": {}}
+    short = dryrun.trace(plan, row, known)
+    called: list[int] = []
     monkeypatch.setattr(dryrun, "_steady", lambda *_: nullcontext())
-    whole = dryrun.trace(plan, row)
-    assert [(p.peak_bytes, p.flops, p.bytes) for p in short] == [(p.peak_bytes, p.flops, p.bytes) for p in whole]
-    # what a call as before gave has another name for its maker
-    assert [sorted(p.held.values()) for p in short] == [sorted(p.held.values()) for p in whole]
+    monkeypatch.setattr(dryrun, "_as_the_third", lambda live, tally, made, *_: called.append(1) or made)
+    whole = dryrun.trace(plan, row, known)
+    assert bool(called) == (decode != "ram")
+    for one, other in zip(short, whole, strict=True):
+        facts = [(p.name, p.peak_bytes, p.flops, p.bytes, p.work, p.shelf_bytes) for p in (one, other)]
+        assert facts[0] == facts[1]
+        # what stands in for a tensor has another name for its maker
+        assert sum(one.held.values()) == sum(other.held.values())
+
+
+@pytest.mark.parametrize("id", ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "easyanimate-v5-7b-zh-inp", "i2vgen-xl"])
+def test_a_text_is_encoded_alike_whatever_the_video(id: str, photo: Path) -> None:
+    row = legal(tiny_row(id))
+    known: dict[str, Any] = {"encode_image": {dryrun.LATENTS: ("float32", (1,))}, "denoise": {}, "decode": {}}
+    small, large = (dryrun.trace(plan_of(row, photo, size), row, known) for size in ((32, 32, 5), (64, 64, 9)))
+    assert [phase.name for phase in small] == ["encode_text"]
+    assert small == large
+
+
+def test_what_ran_again_is_told_by_what_was_there_the_first_time() -> None:
+    """Beside what is alive now: its own memory, which it made anew, is not there twice."""
+
+    def call() -> torch.Tensor:
+        nonlocal memory
+        memory = memory + 1  # both are alive for a moment
+        return torch.ones(512)
+
+    with Live([]) as live, live.phase("all"):
+        memory = torch.zeros(1024)
+        with live.rise() as rise:
+            out = [call()]
+        assert rise.bytes == 4096
+        out.append(torch.ones(2048))
+        live.rose(rise)
+    peak = live.phases["all"]
+    assert peak.bytes == sum(held.bytes for held in peak.held) == 2 * 4096 + 2048 + 8192
+    assert sorted(held.bytes for held in peak.held) == [2048, 4096, 4096, 8192]
 
 
 def test_a_storage_lives_until_nothing_refers_to_it() -> None:

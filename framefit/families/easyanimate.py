@@ -60,7 +60,7 @@ def encode_image(
     )
     latents = noise(shape, generator, parts.device)
     video = inpaint_video(request.num_frames, first, last)
-    if parts["transformer"].config.add_noise_in_inpaint_model:
+    if parts.checkpoint["transformer"].config.get("add_noise_in_inpaint_model", True):  # as in diffusers' class
         video = _noised(video, generator)
     video = placed(video, parts.device, vae.dtype)
     known = magvit_vae.encoded(vae, video, parts.pieces).float() * vae.config.scaling_factor

@@ -34,7 +34,8 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
         made = shelved([*map(_stage, small), _end(decoder)], taken, len(taken), pieces.shelf())
     else:
         stages = [_stage(decoder.conv_in, decoder.mid_block), *map(_stage, decoder.up_blocks), _end(decoder)]
-        made = through(stages, taken, one_by_one=pieces.one_by_one)
+        each = vae.temporal_compression_ratio if pieces.one_by_one else 1
+        made = pieces.made(through(stages, taken, one_by_one=pieces.one_by_one), len(taken), each)
     for piece in made:
         chunk = to_frames(piece)
         del piece
@@ -51,13 +52,14 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
         for start in range(1, len(video), step):
             yield torch.cat([*video[start : start + step]], dim=2)
 
+    count = 1 + (len(video) - 1) // most
     if pieces.shelf:
         stages = [_stage(encoder.conv_in), *_small(encoder), _end(encoder)]
-        made = shelved(stages, taken(), 1 + (len(video) - 1) // most, pieces.shelf())
+        made = shelved(stages, taken(), count, pieces.shelf())
     else:
         downs = [_stage(block, takes=block.temporal_downsample_factor) for block in encoder.down_blocks]
         stages = [_stage(encoder.conv_in), *downs, _stage(encoder.mid_block), _end(encoder)]
-        made = through(stages, taken(), one_by_one=pieces.one_by_one)
+        made = pieces.made(through(stages, taken(), one_by_one=pieces.one_by_one), count, 1)
     out = torch.cat(list(made), dim=2)
     mean: torch.Tensor = vae.quant_conv(out).chunk(2, dim=1)[0]
     return mean

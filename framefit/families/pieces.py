@@ -37,6 +37,10 @@ class Shelf(Protocol):
     def close(self) -> None: ...
 
 
+def _as_it_comes(pieces: Iterator[torch.Tensor], latent_frames: int, each: int) -> Iterator[torch.Tensor]:
+    return pieces
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:
     """How much of a video a VAE takes at once; set by the decode pass."""
@@ -51,6 +55,9 @@ class Pieces:
     """Makes one for a way through a video; None: what stages remember stays on the device."""
     each: Callable[[Sequence[Tile]], Iterable[Tile]] = iter
     """Goes over the tiles; a dry run takes one for all, because all are of one size."""
+    made: Callable[[Iterator[torch.Tensor], int, int], Iterator[torch.Tensor]] = _as_it_comes
+    """Goes over what is made of the latent frames: (pieces, how many latent frames, pieces of each after the first).
+    A dry run makes that of three: layers look at two frames before, so that all that follow are as the third."""
 
     def tiles(self, height: int, width: int, stride: int) -> list[Tile]:
         """Of a picture of `height` x `width` latent pixels of `stride` pixels each; none: it is taken whole.

@@ -47,14 +47,16 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
     middle = _chain(_convolution(vae.decoder.conv_in), _block(vae.decoder.mid_block))
     features: Iterable[torch.Tensor] = map(middle, taken)
     if tiles:  # every one of them begins from these
-        features = list(features)
+        features = list(pieces.made(map(middle, taken), len(taken), 1))
 
     stages, reach = _up, 0
     if pieces.blend:
         stages, reach = _near_up, REACH * (vae.config.patch_size or 1)
 
     def of(tile: Tile | None) -> Iterator[torch.Tensor]:
-        return frames(through(stages(vae.decoder), features, tile, one_by_one=pieces.one_by_one))
+        made = through(stages(vae.decoder), features, tile, one_by_one=pieces.one_by_one)
+        each = vae.config.scale_factor_temporal if pieces.one_by_one else 1
+        return frames(pieces.made(made, len(taken), each))
 
     num_frames = (latents.shape[2] - 1) * vae.config.scale_factor_temporal + 1
     yield from painted(tiles, pieces, of, stride, num_frames, reach) if tiles else of(None)
@@ -73,16 +75,17 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
         for start in range(1, len(video), step):
             yield patchified(torch.cat([*video[start : start + step]], dim=2), patch)
 
+    count = 1 + (len(video) - 1) // config.scale_factor_temporal
+
     def features(tile: Tile | None) -> Iterator[torch.Tensor]:
-        return through(_down(vae.encoder), taken(), tile, one_by_one=one_by_one)
+        return pieces.made(through(_down(vae.encoder), taken(), tile, one_by_one=one_by_one), count, 1)
 
     if pieces.shelf:
-        count = 1 + (len(video) - 1) // config.scale_factor_temporal
         out = torch.cat(list(shelved(list(_small_down(vae.encoder)), taken(), count, pieces.shelf())), dim=2)
     else:
         shrunk = _joined(tiles, pieces, features) if tiles else features(None)
         middle = _chain(_block(vae.encoder.mid_block), _end(vae.encoder))
-        out = torch.cat([middle(feature) for feature in shrunk], dim=2)
+        out = torch.cat(list(pieces.made((middle(feature) for feature in shrunk), count, 1)), dim=2)
     mean: torch.Tensor = vae.quant_conv(out).chunk(2, dim=1)[0]
     return mean
 

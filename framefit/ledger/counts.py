@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self.times:  # a part of what was booked as one
             return result
         counts, flops = self.counts, 0
+        bytes = traffic(func, args, kwargs, result)
         kind = "attention" if self.in_attention else op_kind(func._schema.name) or "elementwise"
         if formula := FORMULAS.get(func._overloadpacket):
             flops = formula(*args, **kwargs, out_val=result)
@@ -127,8 +129,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             counts.bytes[way] += self.times * occupied(args[1] if func._schema.name == "aten::copy_" else result)
             return result
         elif kind == "elementwise":
-            counts.bytes[kind] += self.times * traffic(func, args, kwargs, result)
-        self.book(shares(func, args, kwargs, result, flops))
+            counts.bytes[kind] += self.times * bytes
+        self.book(shares(func, args, kwargs, result, flops, bytes))
         return result
 
 
@@ -183,6 +185,7 @@ def _by_parts(query: Any, key: Any, value: Any, attn_mask: torch.Tensor | None =
     return attn_mask is not None and attn_mask.shape[-1] > 1 and attn_mask.stride(-1) != 1
 
 
+@cache
 def _composite(func: Any) -> bool:
     """Whether it is made of other operators, in C++; torch's decompositions in Python are not what runs."""
     if func.namespace == "prim":  # a question about a fake tensor

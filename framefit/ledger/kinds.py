@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Literal, get_args
 
 __all__ = ["KINDS", "Kind", "direction", "kernel_kind", "kind_of", "op_kind"]
@@ -38,6 +39,7 @@ KERNELS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
 """Device activities in order; what is not here is elementwise. The names are CUPTI's, cuDNN's, CUTLASS's, Triton's."""
 
 
+@cache
 def op_kind(name: str) -> Kind | None:
     """What an operator's name decides; None: nothing. Without a namespace it is somebody's label, not an operator."""
     if "::" not in name:

@@ -7,16 +7,18 @@ in blocks as torch's allocator on a card gives them; what was there before (the 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Held", "Live", "Peak", "block_bytes"]
+__all__ = ["Held", "Live", "Peak", "Rise", "block_bytes"]
 
 Workspace = Callable[[Any, Any, Any], int]
 """(operator, its arguments, its result) -> bytes that it needs beside these while it runs."""
@@ -47,6 +49,18 @@ class Peak:
     """All that was alive at the peak."""
 
 
+@dataclass(slots=True)
+class Rise:
+    """Of one call."""
+
+    bytes: int = 0
+    """On top of what was alive before, when most was."""
+    held: list[Held] = field(default_factory=list)
+    """All that was alive then."""
+    before: list[Held] = field(default_factory=list)
+    """All that was alive when it began."""
+
+
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows what runs inside it."""
 
@@ -73,28 +87,29 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._peak = outer
 
     @contextmanager
-    def rise(self) -> Iterator[Peak]:
-        """A peak that holds, once the block is over, what came on top in it when it was most."""
-        outer, self._peak = self._peak, Peak(bytes=self._bytes)
-        entered, before = self._bytes, {id(held) for held, _ in self._alive.values()}
-        found = Peak()
+    def rise(self) -> Iterator[Rise]:
+        """It holds, once the block is over, how much more was alive in it than before."""
+        entered, found = self._bytes, Rise(before=self._now())
+        outer, self._peak = self._peak, Peak(entered, found.before)
         try:
             yield found
         finally:
             inner, self._peak = self._peak, outer
-            found.bytes = inner.bytes - entered
-            found.held = [held for held in inner.held if id(held) not in before]
+            found.bytes, found.held = inner.bytes - entered, inner.held
             if inner.bytes > outer.bytes:
                 outer.bytes, outer.held = inner.bytes, inner.held
 
-    def rose(self, rise: Peak) -> None:
-        """Something ran that came to `rise` on top, and left nothing."""
-        self._look(rise.bytes, rise.held)
+    def rose(self, rise: Rise) -> None:
+        """What `rise` is of ran again, beside what is alive now."""
+        if self._bytes + rise.bytes > self._peak.bytes:
+            now = self._now()
+            held = [*_without(rise.held, _without(rise.before, now)), *_without(now, rise.before)]
+            self._peak.bytes, self._peak.held = self._bytes + rise.bytes, held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.layout == torch.strided:
+            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided and not _nowhere(leaf):
                 self._meet(leaf, func)
         if extra := self._workspace(func, args, result):
             held = self._held(extra, f"workspace of {_name(func)}", result)
@@ -123,7 +138,27 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether this is the most so far, with the `bytes` of what is gone again when it is done."""
         if self._bytes + bytes > self._peak.bytes:
             self._peak.bytes = self._bytes + bytes
-            self._peak.held = [*(held for held, _ in self._alive.values()), *passing]
+            self._peak.held = [*self._now(), *passing]
+
+    def _now(self) -> list[Held]:
+        return [held for held, _ in self._alive.values()]
+
+
+def _without(these: Iterable[Held], others: Iterable[Held]) -> list[Held]:
+    """What is left of `these` when for each of `others` one of its size is gone."""
+    gone, left = Counter(held.bytes for held in others), []
+    for held in these:
+        if gone[held.bytes]:
+            gone[held.bytes] -= 1
+        else:
+            left.append(held)
+    return left
+
+
+def _nowhere(tensor: torch.Tensor) -> bool:
+    """Whether it is on the meta device. Every other question about the device of a fake tensor is dispatched."""
+    device: torch.device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return device.type == "meta"
 
 
 def _name(func: Any) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from framefit.ledger.kinds import op_kind
 from framefit.rates import Sort
@@ -38,13 +37,13 @@ RANDOM = {"aten::randn", "aten::normal_"}
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def shares(func: Any, args: Any, kwargs: Any, result: Any, flops: int) -> Iterator[Share]:
+def shares(func: Any, args: Any, kwargs: Any, result: Any, flops: int, bytes: int) -> Iterator[Share]:
     """What one call is made of; nothing for views and allocations.
 
     Args:
         flops: by the formula of its operator; 0: it has none.
+        bytes: that it moves, as `traffic` tells.
     """
-    bytes = traffic(func, args, kwargs, result)
     if not bytes:
         return
     if func._schema.name in RANDOM:
@@ -79,10 +78,10 @@ def row_norm(x: torch.Tensor, bytes: int) -> Iterator[Share]:
 def traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Bytes read and written once each; views and allocations move none."""
     name = func._schema.name
-    written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    written = _tensors(result)
     if "empty" in name or not written:
         return 0
-    read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    read = _tensors((args, kwargs))
     if not func._schema.is_mutable and any(_shares(written[0], tensor) for tensor in read):
         return 0
     if name.startswith("aten::new_"):  # of whose first argument nothing is read
@@ -91,7 +90,7 @@ def traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def precision_of(args: Any) -> str:
-    first = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+    first = _tensors(args)[0]
     return DTYPES.get(first.dtype, str(first.dtype).removeprefix("torch."))
 
 
@@ -140,11 +139,22 @@ def _elementwise(func: Any, args: Any, kwargs: Any, result: Any, bytes: int) -> 
         x, batch, groups = args[0], args[3], args[6]
         yield Sort("group_norm", "", min(batch * groups, MOST_GROUPS)), x.numel(), bytes + occupied(x)
     else:
-        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor) and t.ndim]
+        tensors = [tensor for tensor in _tensors((args, kwargs, result)) if tensor.ndim]
         if len({_form(tensor) for tensor in tensors}) <= 1:
             yield Sort("plain", "", 0), 0, bytes
         else:
             yield Sort("scattered", "", 0), max(tensor.numel() for tensor in tensors), bytes
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    """Of an operator's arguments or results, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for each in tree for tensor in _tensors(each)]
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:

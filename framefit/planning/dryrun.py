@@ -9,13 +9,14 @@ Stages that were traced before are passed over: what they give to others is know
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, cast
+from math import prod
+from typing import Any, Self, cast
 
 import torch
 from PIL import Image
@@ -29,7 +30,7 @@ from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, P
 from framefit.families.parts import weights as weights_of
 from framefit.families.pieces import Tile
 from framefit.ledger.counts import Counts, Tally, count
-from framefit.ledger.live import Live, Peak
+from framefit.ledger.live import Live, Peak, Rise
 from framefit.ledger.operators import gapless
 from framefit.ledger.shelf import Shelf
 from framefit.ledger.transfer import Transfer, transfer_for
@@ -114,8 +115,9 @@ def followed(
             stack.enter_context(_steady(parts["vae"], live, tally))
         stack.enter_context(chunks.once(tally))
         parts.pieces = replace(
-            parts.pieces, each=partial(_one_for_all, tally), shelf=parts.pieces.shelf and partial(Shelf, transfer)
-        )
+            parts.pieces, each=partial(_one_for_all, tally), made=partial(_as_the_third, live, tally),
+            shelf=parts.pieces.shelf and partial(Shelf, transfer),
+        )  # fmt: skip
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
@@ -260,10 +262,10 @@ def _for_twins(phase: PhaseTrace, twins: Mapping[str, str]) -> Iterator[PhaseTra
 
 
 def _models(stage: str, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The components that a stage calls or asks."""
+    """The components that a stage calls."""
     if stage == "denoise":
         return checkpoint.experts
-    asked = {"encode_text": TEXT_ENCODERS, "encode_image": (*IMAGE_ENCODERS, checkpoint.experts[0]), "decode": ("vae",)}
+    asked = {"encode_text": TEXT_ENCODERS, "encode_image": IMAGE_ENCODERS, "decode": ("vae",)}
     return asked[stage]
 
 
@@ -417,6 +419,50 @@ def _one_for_all(tally: Tally, tiles: Sequence[Tile]) -> Iterator[Tile]:
     tally.times //= len(tiles)
 
 
+def _as_the_third(
+    live: Live, tally: Tally, made: Iterator[torch.Tensor], latent_frames: int, each: int
+) -> Iterator[torch.Tensor]:
+    """Every piece of the fourth latent frame and of those that follow is as that piece of the third was."""
+    known: deque[_Last] = deque(maxlen=each)
+    for index in range(1 + (latent_frames - 1) * each):
+        if index < 1 + 2 * each:
+            known.append(_Last())
+            piece = _noted(partial(next, made), known[-1], live, tally)
+        else:
+            known.rotate(-1)
+            piece = known[-1].again(live, tally)
+        yield piece
+        del piece
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a tensor lies in memory: a view as one of as much memory, an expanded frame as one."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    storage_bytes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        offset, storage_bytes = int(tensor.storage_offset()), tensor.untyped_storage().nbytes()
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), offset, storage_bytes)
+
+    def made(self) -> torch.Tensor:
+        """Another one, of zeros where it has contents."""
+        items = self.storage_bytes // self.dtype.itemsize
+        if items == prod(self.shape):
+            made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+        else:
+            made = torch.empty(items, dtype=self.dtype).as_strided(self.shape, self.strides, self.offset)
+        if not isinstance(made, FakeTensor):
+            with _disable_current_modes():  # the program does no such thing
+                made.untyped_storage().fill_(0)  # type: ignore[attr-defined]
+        return made
+
+
 @dataclass(slots=True)
 class _Last:
     """The last call of a module."""
@@ -424,39 +470,34 @@ class _Last:
     shapes: Any = None
     times: int = 0
     """In a row."""
-    rise: Peak = field(default_factory=Peak)
+    rise: Rise = field(default_factory=Rise)
     counts: Counts = field(default_factory=Counts)
     result: Any = None
-    """Its tensors on the meta device."""
+    """The forms of its tensors."""
+
+    def again(self, live: Live, tally: Tally) -> Any:
+        """As if it were called once more."""
+        live.rose(self.rise)
+        tally.counts.add(self.counts)
+        return tree_map_only(_Form, _Form.made, self.result)
 
 
 def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tally, *args: Any, **kwargs: Any) -> Any:
     shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs))]
     last.times = last.times + 1 if shapes == last.shapes else 1
     last.shapes = shapes
-    counts = tally.counts
     if last.times > 2:
-        live.rose(last.rise)
-        counts.add(last.counts)
-        return tree_map_only(torch.Tensor, lambda meta: _like(meta, "cpu"), last.result)
-    before = counts.copy()
+        return last.again(live, tally)
+    return _noted(partial(forward, *args, **kwargs), last, live, tally)
+
+
+def _noted(call: Callable[[], Any], last: _Last, live: Live, tally: Tally) -> Any:
+    before = tally.counts.copy()
     with live.rise() as rise:
-        result = forward(*args, **kwargs)
-    last.rise, last.counts = rise, counts.since(before)
-    last.result = tree_map_only(torch.Tensor, lambda tensor: _like(tensor, "meta"), result)
+        result = call()
+    last.rise, last.counts = rise, tally.counts.since(before)
+    last.result = tree_map_only(torch.Tensor, _Form.of, result)
     return result
-
-
-def _like(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """Of zeros, where it has contents; what was one in memory for several, as an expanded frame, is so again."""
-    if 0 in tensor.stride():
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    else:
-        made = torch.empty_like(tensor, device=device)
-    if not made.is_meta and not isinstance(made, FakeTensor):
-        with _disable_current_modes():  # the program does no such thing
-            made.untyped_storage().fill_(0)  # type: ignore[attr-defined]
-    return made
 
 
 def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace:

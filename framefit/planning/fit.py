@@ -26,6 +26,12 @@ __all__ = ["fitted", "leanest"]
 
 Rungs = tuple[int, ...]
 
+LEAST = 0.9
+"""Bytes beside the weights over those with the last values, at least: of a short video, chunks take 6 % more than a
+whole forward does (EasyAnimate 12B)."""
+TRIED = 3
+"""States that do not fit after which it is asked whether any can."""
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -76,7 +82,7 @@ def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
     search = _Search(plan, checkpoint, tier)
     found = search.best() or search.leanest()
     before = {
-        s.type: search.before(found, s)
+        s.type: search.before(found, s) if found.plan.feasible else found.plan  # nothing fits: it is the leanest
         for s, stood in zip(found.plan.settings, plan.settings, strict=True)
         if s != stood
     }
@@ -114,6 +120,8 @@ class _Search:
             if best and (least_s, 0, sum(rungs)) >= best.cost:
                 break
             options = self.options(rungs)
+            if best is None and len(self._met) == TRIED and self.hopeless():
+                break
             fitting = [option for option in options if option.plan.feasible]
             best = min([*fitting, *([best] if best else [])], key=lambda option: option.cost, default=None)
             lighter = any(each.moves_weights and rungs[i] + 1 < len(values) for i, (each, values) in enumerate(ladders))
@@ -127,15 +135,44 @@ class _Search:
                     heappush(waiting, (bound, sum(further), further))
         return best
 
+    def hopeless(self) -> bool:
+        """Whether nothing can fit: in every place some phase has too many bytes with the last values, which leave least
+        beside the weights, even with the weights of the first ones. Not known where there are fewer weights to choose:
+        in 8 bits they leave a little more."""
+        return not any(self.lightest) and all(
+            self._least(first, last).lacks("device")
+            for first, last in zip(self.options(self.lightest), self.options(self.last), strict=True)
+        )
+
+    def _least(self, first: Option, last: Option) -> Plan:
+        """Less than any plan with their place can need. Blocks that compute in chunks come as a whole, and take more
+        room than layers."""
+        traces = [
+            replace(
+                least, peak_bytes=int(LEAST * least.peak_bytes),
+                weights_bytes=min(trace.weights_bytes, least.weights_bytes, key=lambda each: sum(each.values())),
+            )
+            for trace, least in zip(first.traces, last.traces, strict=True)
+        ]  # fmt: skip
+        return with_phases(last.plan, self.checkpoint, traces)
+
     def leanest(self) -> Option:
         """Of the last values of all types, where the weights lie so that least is needed; where these are too heavy
         everywhere, no other type's value matters, and the first ones stay."""
-        last = tuple(len(values) - 1 for _, values in self.ladders)
-        lightest = tuple(rung * each.moves_weights for rung, (each, _) in zip(last, self.ladders, strict=True))
-        options = self.options(lightest)
-        if not all(option.too_heavy for option in options):
-            options = self.options(last)
-        return min(options, key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost))
+        told = self._met.get(self.lightest) or self.options(self.last)  # either tells of the weights
+        rungs = self.lightest if all(option.too_heavy for option in told) else self.last
+        return min(
+            self.options(rungs), key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost)
+        )
+
+    @property
+    def last(self) -> Rungs:
+        return tuple(len(values) - 1 for _, values in self.ladders)
+
+    @property
+    def lightest(self) -> Rungs:
+        """The last values of what makes weights fewer, and the first ones of all else."""
+        return tuple(rung * each.moves_weights for rung, (each, _) in zip(self.last, self.ladders, strict=True))
 
     def before(self, option: Option, setting: Setting) -> Plan:
         """As `option`, with the value of one type that comes before its own; of offload, the level before, or for none

@@ -97,11 +97,12 @@ def _read(file: Path) -> tuple[PhaseTrace, ...]:
 def _key(plan: Plan, checkpoint: Checkpoint, stage: str) -> str:
     """All that a stage's trace depends on."""
     request = plan.request
+    size = request.width, request.height, request.num_frames, request.last_image is not None
     facts = {
         "stage": stage, "code": _code(), "libraries": {name: version(name) for name in LIBRARIES},
         "components": [asdict(component) for component in checkpoint.components],
         "model": [checkpoint.family, checkpoint.layout, checkpoint.first_frame_clean, checkpoint.max_tokens],
-        "work": [request.width, request.height, request.num_frames, request.last_image is not None],
+        "work": [] if stage == "encode_text" else size,  # a text is encoded before anything knows the frames
         "guided": [scale > 1 for scale in request.guidance], "precision": plan.precision,
         "settings": {s.type: s.value for s in plan.settings if s.touches(stage)}, "card": plan.device.id != "cpu",
     }  # fmt: skip
