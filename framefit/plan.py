@@ -96,7 +96,16 @@ class Decode(Setting):
     @classmethod
     def accepts(cls, value: str) -> bool:
         kind, _, size = value.partition(":")
-        return value in cls.values or (kind == "tile" and size.isdecimal() and int(size) > 0)
+        return value in cls.values or (kind in ("ram", "tile") and size.isdecimal() and int(size) > 0)
+
+    @classmethod
+    def possible(cls) -> tuple[str, ...]:
+        return (*cls.values, "ram:PX", cls.more)
+
+    @property
+    def in_ram(self) -> bool:
+        """Whether what layers remember lies there."""
+        return self.value.partition(":")[0] == "ram"
 
     @property
     def tile_px(self) -> int:

@@ -13,8 +13,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_magvit import EasyAnimateUpsampler3D
 from torch import nn
 
-from framefit.families.pieces import Pieces, Stage, shelved, through
+from framefit.families.pieces import Pieces, Stage, through
 from framefit.families.pixels import to_frames
+from framefit.families.shelved import shelved
 
 __all__ = ["SEEN", "decoded", "encoded"]
 
@@ -31,7 +32,7 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
     if pieces.shelf:
         small = [decoder.conv_in, *decoder.mid_block.convs]
         small += [layer for block in decoder.up_blocks for layer in (*block.convs, block.upsampler) if layer]
-        made = shelved([*map(_stage, small), _end(decoder)], taken, len(taken), pieces.shelf())
+        made = shelved([{None: [*map(_stage, small), _end(decoder)]}], taken, len(taken), pieces)
     else:
         stages = [_stage(decoder.conv_in, decoder.mid_block), *map(_stage, decoder.up_blocks), _end(decoder)]
         made = through(stages, taken, one_by_one=pieces.one_by_one)
@@ -53,7 +54,7 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
 
     if pieces.shelf:
         stages = [_stage(encoder.conv_in), *_small(encoder), _end(encoder)]
-        made = shelved(stages, taken(), 1 + (len(video) - 1) // most, pieces.shelf())
+        made = shelved([{None: stages}], taken(), 1 + (len(video) - 1) // most, pieces)
     else:
         downs = [_stage(block, takes=block.temporal_downsample_factor) for block in encoder.down_blocks]
         stages = [_stage(encoder.conv_in), *downs, _stage(encoder.mid_block), _end(encoder)]

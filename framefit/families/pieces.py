@@ -8,16 +8,20 @@ of the whole picture; what the halo lacks is cut off stage by stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from framefit.errors import UsageError
 
-__all__ = ["Pieces", "Shelf", "Span", "Stage", "Tile", "painted", "shelved", "through"]
+__all__ = ["Frame", "Pieces", "Shelf", "Span", "Stage", "Tile", "painted", "side_by_side", "stages_of", "through"]
+
+Frame = Any
+"""(1, C, 1, H, W); or such a one and, as a tuple, another of its size that is to be added to what becomes of it."""
 
 
 class Shelf(Protocol):
@@ -57,7 +61,7 @@ class Pieces:
             return []
         if not stride <= self.tile_px < stride * max(height, width):
             raise UsageError(
-                f"decode=tile:{self.tile_px} cannot divide frames of {width * stride}x{height * stride}: use a tile "
+                f"decode={'ram' if self.shelf else 'tile'}:{self.tile_px} cannot divide frames of {width * stride}x{height * stride}: use a tile "
                 f"of {stride} to {stride * max(height, width) - 1} pixels, or decode=frame for whole frames."
             )
         most = self.tile_px // stride
@@ -106,7 +110,7 @@ class Tile:
 class Stage:
     """Some layers of a VAE, for one way through one video."""
 
-    run: Callable[[torch.Tensor], torch.Tensor]
+    run: Callable[[Frame], Frame]
     """The next frames (1, C, F, H, W) -> what the layers make of them."""
     scale: int = 1
     """Pixels of its input to one of the latents."""
@@ -125,68 +129,23 @@ def through(
 
     Each piece is dropped once the next stage has read it.
     """
-    around, scale = (0, 0), stages[0].scale
-    for stage in stages:
-        run = stage.run
-        if tile:
-            around = around[0] * stage.scale // scale, around[1] * stage.scale // scale
-            run = partial(_cut, stage, tile, around)
-            around, scale = tile.corner(stage.scale, stage.halo), stage.scale
-        pieces = _over(run, _grouped(iter(pieces), stage.takes) if one_by_one else pieces, one_by_one)
+    for stage in stages_of(tile, stages) if tile else stages:
+        pieces = _over(stage.run, _grouped(iter(pieces), stage.takes) if one_by_one else pieces, one_by_one)
     yield from pieces
 
 
-def shelved(
-    stages: Sequence[Stage], groups: Iterable[torch.Tensor], count: int, shelf: Shelf
-) -> Iterator[torch.Tensor]:
-    """As `through`, with what the stages remember on `shelf` while others compute: it travels once for every group.
-
-    So all frames of a group pass a stage, one by one, before the next stage begins. What a stage remembers leaves
-    while the next one computes its first half of the frames, and what the one after needs comes during the second.
-
-    Args:
-        groups: (1, C, F, H, W) each, `count` of them; the first is one frame.
-    """
-    try:
-        for index, group in enumerate(groups):
-            frames = list(torch.split(group, 1, dim=2))
-            del group
-            for place, stage in enumerate(stages):
-                stage.memory[:] = shelf.take(place, stage.memory)
-                frames = _frame_by_frame(stage, frames, index == 0, shelf, place + 1)
-                if index + 1 < count:
-                    shelf.put(place, stage.memory)
-                stage.memory.clear()
-            while frames:
-                yield frames.pop(0)
-    finally:
-        shelf.close()
+def stages_of(tile: Tile, stages: Sequence[Stage]) -> list[Stage]:
+    """Each cuts of whole pictures, or of what the stage before it gives, what the tile depends on."""
+    around, scale, made = (0, 0), stages[0].scale, list[Stage]()
+    for stage in stages:
+        around = around[0] * stage.scale // scale, around[1] * stage.scale // scale
+        made.append(replace(stage, run=partial(_cut, stage, tile, around)))
+        around, scale = tile.corner(stage.scale, stage.halo), stage.scale
+    return made
 
 
-def _frame_by_frame(
-    stage: Stage, frames: list[torch.Tensor], first: bool, shelf: Shelf, following: int
-) -> list[torch.Tensor]:
-    """What a stage makes of `frames`, which are dropped as they are read."""
-    takes = 1 if first else stage.takes
-    runs, out = len(frames) // takes, list[torch.Tensor]()
-    for run in range(runs):
-        if run == (runs + 1) // 2:
-            shelf.settle()
-        if run == runs // 2:
-            shelf.expect(following)
-        taken, frames[:takes] = frames[:takes], []
-        piece = taken.pop() if takes == 1 else torch.cat(taken, dim=2)
-        taken.clear()
-        made = stage.run(piece)
-        del piece
-        out += torch.split(made, 1, dim=2)
-        del made
-    shelf.settle()
-    return out
-
-
-def _cut(stage: Stage, tile: Tile, around: tuple[int, int], piece: torch.Tensor) -> torch.Tensor:
-    return stage.run(tile.cut(piece, stage.scale, stage.halo, around))
+def _cut(stage: Stage, tile: Tile, around: tuple[int, int], piece: Frame) -> Frame:
+    return stage.run(tree_map_only(torch.Tensor, lambda x: tile.cut(x, stage.scale, stage.halo, around), piece))
 
 
 def _over(
@@ -215,6 +174,17 @@ def _grouped(frames: Iterator[torch.Tensor], count: int) -> Iterator[torch.Tenso
             group = [torch.cat(held, dim=2)]
             held.clear()
             yield group.pop()
+
+
+def side_by_side(tiles: Iterable[Tile], of: Callable[[Tile], Iterable[torch.Tensor]], scale: int) -> list[torch.Tensor]:
+    """Whole pictures (1, C, F, H, W), of which `of` gives the tiles; with `scale` pixels to one of the latents."""
+    whole: list[torch.Tensor] = []
+    for tile in tiles:
+        for index, part in enumerate(of(tile)):
+            if index == len(whole):
+                whole.append(part.new_empty(*part.shape[:3], tile.rows.whole * scale, tile.columns.whole * scale))
+            tile.cut(whole[index], scale).copy_(part)
+    return whole
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify as patchif
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify as unpatchified
 from torch import nn
 
-from framefit.families.pieces import Pieces, Stage, Tile, painted, shelved, through
+from framefit.families.pieces import Frame, Pieces, Stage, Tile, painted, side_by_side, stages_of, through
 from framefit.families.pixels import to_frames
+from framefit.families.shelved import Stretch, shelved
 
 __all__ = ["decoded", "encoded"]
 
@@ -26,6 +28,9 @@ KEPT = 2
 """Frames that a convolution over three remembers."""
 
 Run = Callable[[torch.Tensor], torch.Tensor]
+
+Row = tuple[Stage, tuple[nn.Module, ...]]
+"""A stage and its layers."""
 
 
 def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.Tensor]:
@@ -37,12 +42,12 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
             del piece
             yield chunk
 
-    taken = vae.post_quant_conv(latents).split(1, dim=2)
-    if pieces.shelf:
-        yield from frames(shelved(list(_small_up(vae.decoder)), taken, len(taken), pieces.shelf()))
-        return
     stride = vae.config.scale_factor_spatial
     tiles = pieces.tiles(latents.shape[3], latents.shape[4], stride)
+    taken = vae.post_quant_conv(latents).split(1, dim=2)
+    if pieces.shelf:
+        yield from frames(shelved(_up_by_layer(vae.decoder, tiles), taken, len(taken), pieces))
+        return
     middle = _chain(_convolution(vae.decoder.conv_in), _block(vae.decoder.mid_block))
     features: Iterable[torch.Tensor] = map(middle, taken)
     if tiles:  # every one of them begins from these
@@ -60,7 +65,7 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
     config = vae.config
     patch, stride = config.patch_size or 1, config.scale_factor_spatial
     tiles = pieces.tiles(video[0].shape[3] // stride, video[0].shape[4] // stride, stride)
-    one_by_one = pieces.one_by_one or bool(tiles)  # halos are widest where pictures are largest
+    one_by_one = pieces.one_by_one or bool(tiles and not pieces.shelf)  # halos are widest where pictures are largest
 
     def taken() -> Iterator[torch.Tensor]:
         step = 1 if one_by_one else config.scale_factor_temporal
@@ -73,120 +78,133 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
 
     if pieces.shelf:
         count = 1 + (len(video) - 1) // config.scale_factor_temporal
-        out = torch.cat(list(shelved(list(_small_down(vae.encoder)), taken(), count, pieces.shelf())), dim=2)
+        out = torch.cat(list(shelved(_down_by_layer(vae.encoder, tiles), taken(), count, pieces)), dim=2)
     else:
-        shrunk = _joined(tiles, pieces, features) if tiles else features(None)
+        shrunk = side_by_side(pieces.each(tiles), features, 1) if tiles else features(None)
         middle = _chain(_block(vae.encoder.mid_block), _end(vae.encoder))
         out = torch.cat([middle(feature) for feature in shrunk], dim=2)
     mean: torch.Tensor = vae.quant_conv(out).chunk(2, dim=1)[0]
     return mean
 
 
-def _joined(
-    tiles: Sequence[Tile], pieces: Pieces, features: Callable[[Tile], Iterator[torch.Tensor]]
-) -> list[torch.Tensor]:
-    """The features of all tiles side by side, latent frame by latent frame."""
-    whole: list[torch.Tensor] = []
-    for tile in pieces.each(tiles):
-        for index, feature in enumerate(features(tile)):
-            if index == len(whole):
-                size = (tile.rows.whole, tile.columns.whole)
-                whole.append(feature.new_empty(*feature.shape[:3], *size))
-            tile.cut(whole[index], 1).copy_(feature)
-    return whole
-
-
 def _up(decoder: Any) -> list[Stage]:
-    """From the middle to frames, with the halo that each stage and those behind it need."""
-    blocks = list(decoder.up_blocks)
-    growths = [2 if _resamples(block) else 1 for block in blocks]
-    scale = 1
-    for growth in growths:
-        scale *= growth
-    halo = 1  # of the last convolution
-    stages = [
-        Stage(run=lambda x: x, scale=scale),
-        Stage(run=_end(decoder), scale=scale, halo=halo),
-    ]
-    for block, growth in zip(reversed(blocks), reversed(growths), strict=True):
-        scale //= growth
-        halo = (halo if growth == 1 else -(-(halo + 1) // 2)) + _reach(block)
-        stages.append(Stage(run=_block(block, starts=True), scale=scale, halo=halo))
-    return stages[::-1]
+    """From the middle to frames."""
+    rows = [(Stage(run=_block(block, starts=True)), (block,)) for block in decoder.up_blocks]
+    return _measured([*rows, (Stage(run=_end(decoder)), (decoder.conv_out,))], _growth(decoder.up_blocks))
 
 
 def _down(encoder: Any) -> list[Stage]:
-    """From frames to the middle. Halos are even where a stage halves, so that every tile halves as the whole does."""
+    """From frames to the middle."""
     groups: list[list[nn.Module]] = [[]]
     for layer in encoder.down_blocks:
         groups[-1].append(layer)
         if _resamples(layer):
             groups.append([])
-    stages = [Stage(run=lambda x: x)]
-    scale, halo = 1, 0
-    for group in reversed(groups):
-        sampler = _resamples(*group)
-        scale *= 2 if sampler else 1
-        halo = (2 * halo + 1 if sampler else halo) + _reach(*group) + (group is groups[0])
-        halo += halo % 2 if scale > 1 else 0
-        run = _chain(*map(_block, group))
-        if group is groups[0]:
-            run = _chain(_convolution(encoder.conv_in), run)
-        takes = 2 if sampler and sampler.mode == "downsample3d" else 1
-        stages.append(Stage(run=run, scale=scale, halo=halo, takes=takes))
+    rows: list[Row] = []
+    for group in groups:
+        run, sampler = _chain(*map(_block, group)), _resamples(*group)
+        if not rows:
+            run, group = _chain(_convolution(encoder.conv_in), run), [encoder.conv_in, *group]
+        rows.append((Stage(run=run, takes=_takes(sampler)), tuple(group)))
+    return _measured(rows, 1)
+
+
+def _measured(rows: Sequence[Row], scale: int) -> list[Stage]:
+    """The stages with their scales, and with the halo that each and those behind it need.
+
+    Halos are even where a stage halves, so that every tile halves as the whole does.
+
+    Args:
+        scale: of what comes out.
+    """
+    halo, stages = 0, [Stage(run=lambda x: x, scale=scale)]
+    for stage, layers in reversed(rows):
+        sampler = _resamples(*layers)
+        grows = sampler is not None and sampler.mode.startswith("up")
+        if grows:
+            scale, halo = scale // 2, -(-(halo + 1) // 2)
+        elif sampler:
+            scale, halo = scale * 2, 2 * halo + 1
+        halo += _reach(*layers)
+        halo += halo % 2 if sampler and not grows else 0
+        stages.append(replace(stage, scale=scale, halo=halo))
     return stages[::-1]
 
 
-def _small_up(decoder: Any) -> Iterator[Stage]:
-    """The decoder layer by layer."""
-    yield _remembering(_convolution, decoder.conv_in)
-    yield from _small_middle(decoder.mid_block)
-    for block in decoder.up_blocks:
-        layers = [_remembering(_block, layer) for layer in (*block.resnets, _resamples(block)) if layer]
-        if shortcut := getattr(block, "avg_shortcut", None):
-            layers = _around(layers, shortcut)
-        yield from layers
-    yield _remembering(_end, decoder)
+def _up_by_layer(decoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
+    """With tiles from where pictures are a quarter as high as frames are."""
+
+    def rows() -> list[Row]:
+        made = [_remembering(_convolution, decoder.conv_in), *_middle(decoder.mid_block)]
+        for block in decoder.up_blocks:
+            layers = [_remembering(_block, layer) for layer in (*block.resnets, _resamples(block)) if layer]
+            made += _around(layers, shortcut) if (shortcut := getattr(block, "avg_shortcut", None)) else layers
+        return [*made, _remembering(_end, decoder, decoder.conv_out)]
+
+    if not tiles:
+        return [{None: [stage for stage, _ in rows()]}]
+    ups = [i for i, (_, layers) in enumerate(rows()) if _resamples(*layers)]
+    begin, scale = ups[-2:][0], 2**len(ups)
+    return [{None: [stage for stage, _ in rows()[:begin]]}, {tile: stages_of(tile, _measured(rows()[begin:], scale)) for tile in tiles}]
 
 
-def _small_down(encoder: Any) -> Iterator[Stage]:
+def _down_by_layer(encoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
     """The encoder layer by layer; where a shortcut is around several, these together."""
-    yield _remembering(_convolution, encoder.conv_in)
-    for layer in encoder.down_blocks:
-        sampler = _resamples(layer)
-        yield _remembering(_block, layer, takes=2 if sampler and sampler.mode == "downsample3d" else 1)
-    yield from _small_middle(encoder.mid_block)
-    yield _remembering(_end, encoder)
+
+    def rows() -> list[Row]:
+        made = [_remembering(_convolution, encoder.conv_in)]
+        made += [_remembering(_block, layer, takes=_takes(_resamples(layer))) for layer in encoder.down_blocks]
+        return [*made, *_middle(encoder.mid_block), _remembering(_end, encoder, encoder.conv_out)]
+
+    if not tiles:
+        return [{None: [stage for stage, _ in rows()]}]
+    downs = [i for i, (_, layers) in enumerate(rows()) if _resamples(*layers)]
+    end = downs[:2][-1] + 1
+    scale = 2 ** len(downs[2:])
+    return [{tile: stages_of(tile, _measured(rows()[:end], scale)) for tile in tiles}, {None: [stage for stage, _ in rows()[end:]]}]
 
 
-def _small_middle(middle: Any) -> Iterator[Stage]:
+def _middle(middle: Any) -> list[Row]:
     first, *rest = [_remembering(_block, layer) for layer in middle.resnets]
-    yield first
-    for attention, stage in zip(middle.attentions, rest, strict=True):
-        yield Stage(run=attention)
-        yield stage
+    made = [first]
+    for attention, row in zip(middle.attentions, rest, strict=True):
+        made += [(Stage(run=attention), (attention,)), row]
+    return made
 
 
-def _remembering(build: Callable[..., Run], layer: nn.Module, takes: int = 1) -> Stage:
+def _remembering(build: Callable[..., Run], layer: Any, looks: nn.Module | None = None, takes: int = 1) -> Row:
     memory: list[Any] = []
-    return Stage(run=build(layer, memory=memory), memory=memory, takes=takes)
+    return Stage(run=build(layer, memory=memory), memory=memory, takes=takes), (looks or layer,)
 
 
-def _around(stages: Sequence[Stage], shortcut: nn.Module) -> list[Stage]:
-    """Stages with a shortcut from the input of the first to the output of the last, where frames wait until then."""
-    waiting: list[torch.Tensor] = []
-    first, last, began = stages[0], stages[-1], False
+def _around(rows: Sequence[Row], shortcut: nn.Module) -> list[Row]:
+    """With a shortcut from the input of the first to the output of the last, to which every frame brings its own."""
+    *before, (last, layer) = rows
+    (first, _), began = before[0], False
 
-    def begin(x: torch.Tensor) -> torch.Tensor:
-        waiting.append(x)
-        return first.run(x)
+    def begin(x: torch.Tensor) -> Frame:
+        return first.run(x), x
 
-    def end(x: torch.Tensor) -> torch.Tensor:
+    def go_on(run: Run, frame: Frame) -> Frame:
+        return run(frame[0]), frame[1]
+
+    def end(frame: Frame) -> torch.Tensor:
         nonlocal began
-        out, told, began = last.run(x), not began, True
-        return out.add_(shortcut(waiting.pop(0), first_chunk=told))
+        out, told, began = last.run(frame[0]), not began, True
+        added: torch.Tensor = out.add_(shortcut(frame[1], first_chunk=told))
+        return added
 
-    return [replace(first, run=begin), *stages[1:-1], replace(last, run=end)]
+    runs = [begin, *(partial(go_on, stage.run) for stage, _ in before[1:]), end]
+    return [(replace(stage, run=run), layers) for run, (stage, layers) in zip(runs, rows, strict=True)]
+
+
+def _growth(blocks: nn.Module) -> int:
+    return 2 ** sum(isinstance(each, WanResample) for each in blocks.modules())
+
+
+def _takes(sampler: WanResample | None) -> int:
+    """Frames that it needs at once."""
+    return 2 if sampler and sampler.mode == "downsample3d" else 1
 
 
 def _resamples(*layers: nn.Module) -> WanResample | None:
@@ -194,8 +212,9 @@ def _resamples(*layers: nn.Module) -> WanResample | None:
 
 
 def _reach(*layers: nn.Module) -> int:
-    """Pixels that residual blocks look around them: a pixel for each of their two convolutions."""
-    return 2 * sum(isinstance(each, WanResidualBlock) for layer in layers for each in layer.modules())
+    """Pixels that layers look around them: of residual blocks one for each of their two convolutions."""
+    blocks = sum(isinstance(each, WanResidualBlock) for layer in layers for each in layer.modules())
+    return 2 * blocks + sum(isinstance(layer, WanCausalConv3d) for layer in layers)
 
 
 def _chain(*runs: Run) -> Run:

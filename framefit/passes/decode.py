@@ -40,7 +40,7 @@ def apply(parts: Parts, setting: Decode) -> None:
     if reason := _refusal(parts, setting):
         raise UsageError(f"decode={setting.value} cannot be for {parts.checkpoint.id}: {reason}.")
     vae, shelf = parts["vae"], None
-    if in_ram := setting.value == "ram":
+    if in_ram := setting.in_ram:
         shelf = partial(Shelf, transfer_for(parts.device, weights(vae)))
     parts.pieces = Pieces(one_by_one=setting.value == "frame", tile_px=setting.tile_px, shelf=shelf)
     for module, hook in list(hooked(vae) if in_ram else _padding(vae)):

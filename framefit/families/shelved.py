@@ -1,0 +1,99 @@
+"""A video through a causal VAE group by group of frames, with what its layers remember in RAM while others compute.
+
+All frames of a group pass a layer, one by one, before the next layer begins: a memory travels once for every group, out
+while the next layer computes its first half of the frames, back while the one before does its second. Where pictures are
+largest, tiles of them pass these layers one after another, each with memories and halos of these layers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from framefit.families.pieces import Frame, Pieces, Shelf, Stage, Tile, side_by_side
+
+__all__ = ["Stretch", "shelved"]
+
+Stretch = Mapping[Tile | None, Sequence[Stage]]
+"""Stages in a row: those of every tile, each its own, or with None those for whole pictures."""
+
+Place = tuple[int, Tile | None, int]
+"""Stretch, tile, stage."""
+
+
+def shelved(
+    stretches: Sequence[Stretch], groups: Iterable[torch.Tensor], count: int, pieces: Pieces
+) -> Iterator[torch.Tensor]:
+    """As `through`, with what the stages remember on `pieces.shelf` while others compute.
+
+    Args:
+        groups: (1, C, F, H, W) each, `count` of them; the first is one frame.
+    """
+    assert pieces.shelf
+    shelf = pieces.shelf()
+    places = [(n, tile, i) for n, each in enumerate(stretches) for tile, row in each.items() for i in range(len(row))]
+    following = dict(pairwise(places))
+    try:
+        for index, group in enumerate(groups):
+            frames: list[Frame] = list(torch.split(group, 1, dim=2))
+            del group
+            one = _Group(shelf, following, index == 0, index + 1 == count)
+            for number, stretch in enumerate(stretches):
+                if None in stretch:
+                    frames = one.along(stretch[None], (number, None), frames)
+                else:
+                    frames = one.in_tiles(stretch, number, frames, pieces.each)
+            while frames:
+                yield frames.pop(0)
+    finally:
+        shelf.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Frames that are on their way together."""
+
+    shelf: Shelf
+    following: Mapping[Place, Place]
+    first: bool
+    last: bool
+
+    def in_tiles(self, stretch: Stretch, number: int, frames: list[Frame], each: Callable[..., Iterable[Tile]]) -> list[Frame]:
+        def of(tile: Tile) -> list[Frame]:
+            return self.along(stretch[tile], (number, tile), list(frames))
+
+        scale = next(iter(stretch.values()))[-1].scale
+        return side_by_side(each(list(stretch)), of, scale)
+
+    def along(self, stages: Sequence[Stage], at: tuple[int, Tile | None], frames: list[Frame]) -> list[Frame]:
+        for index, stage in enumerate(stages):
+            here = *at, index
+            stage.memory[:] = self.shelf.take(here, stage.memory)
+            frames = self._frame_by_frame(stage, frames, here)
+            if not self.last:
+                self.shelf.put(here, stage.memory)
+            stage.memory.clear()
+        return frames
+
+    def _frame_by_frame(self, stage: Stage, frames: list[Frame], here: Place) -> list[Frame]:
+        """What a stage makes of `frames`, which are dropped as they are read."""
+        takes = 1 if self.first else stage.takes
+        runs, out = len(frames) // takes, list[Frame]()
+        for run in range(runs):
+            if run == (runs + 1) // 2:
+                self.shelf.settle()
+            if run == runs // 2 and here in self.following:
+                self.shelf.expect(self.following[here])
+            taken, frames[:takes] = frames[:takes], []
+            piece = taken.pop() if takes == 1 else torch.cat(taken, dim=2)
+            taken.clear()
+            made = stage.run(piece)
+            del piece
+            out += [made] if isinstance(made, tuple) else torch.split(made, 1, dim=2)
+            del made
+        self.shelf.settle()
+        return out
