@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.models.autoencoders.autoencoder_kl_magvit import EasyAnimateCausalConv3d, EasyAnimateUpsampler3D
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock, WanRMS_norm
 from torch import nn
+from torch.nn import functional
 
 from framefit.families.magvit_vae import SEEN
 from framefit.passes.strips import enlarged, halved, over_frames
@@ -75,6 +76,17 @@ class _WanResidual(ModelHook):  # type: ignore[misc]
         return x.add_(shortcut)
 
 
+class _WanNorm(ModelHook):  # type: ignore[misc]
+    """In one piece of memory, and its two factors as one."""
+
+    def new_forward(self, module: WanRMS_norm, x: torch.Tensor) -> torch.Tensor:
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        out = functional.normalize(x.float() if half else x, dim=1).mul_(module.gamma * module.scale)
+        if isinstance(module.bias, torch.Tensor):
+            out.add_(module.bias)
+        return out.to(x.dtype)
+
+
 class _WanResampling(ModelHook):  # type: ignore[misc]
     """Twice as large or half as large, and a convolution."""
 
@@ -90,6 +102,7 @@ HOOKS: dict[type[nn.Module], type[ModelHook]] = {
     EasyAnimateCausalConv3d: _MagvitConvolution,
     EasyAnimateUpsampler3D: _MagvitUpsampler,
     WanCausalConv3d: _WanConvolution,
+    WanRMS_norm: _WanNorm,
     WanResidualBlock: _WanResidual,
 }
 

@@ -108,7 +108,7 @@ def followed(
             stack.enter_context(_steady(parts["vae"], live, tally))
         stack.enter_context(chunks.once(tally))
         parts.pieces = replace(
-            parts.pieces, each=partial(_one_for_all, tally), shelf=parts.pieces.shelf and partial(Shelf, transfer)
+            parts.pieces, each=partial(_one_for_all, tally, transfer), shelf=parts.pieces.shelf and partial(Shelf, transfer)
         )
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
@@ -144,13 +144,13 @@ class _Way:
     @contextmanager
     def _phase(self, name: str, *needs: str) -> Iterator[None]:
         self.used[name] = needs
-        before = self.transfer.moved_bytes, self.transfer.returned_bytes, self.transfer.pieces_bytes
+        before = self.transfer.returned_bytes, self.transfer.pieces_bytes
         with self.live.phase(name), self.tally.phase(name):
             self.parts.use(*needs)
             yield
-            self.tally.move("host_to_device", self.transfer.moved_bytes - before[0])
-            self.tally.move("device_to_host", self.transfer.returned_bytes - before[1])
-        self.shelved[name] = self.transfer.pieces_bytes - before[2]
+            for there_and_back in ("device_to_host", "host_to_device"):
+                self.tally.move(there_and_back, self.transfer.returned_bytes - before[0])
+        self.shelved[name] = self.transfer.pieces_bytes - before[1]
 
     def _given(self, name: str, needs: Sequence[str], call: Callable[[], Tensors]) -> Tensors:
         """What an encoding gives: from a call, or where it was called before like that, without contents."""
@@ -375,11 +375,14 @@ def _units(vae: nn.Module) -> Iterator[nn.Module]:
         yield from (module for module in child.modules() if next(module.children(), None))
 
 
-def _one_for_all(tally: Tally, tiles: Sequence[Tile]) -> Iterator[Tile]:
+def _one_for_all(tally: Tally, transfer: Transfer, tiles: Sequence[Tile]) -> Iterator[Tile]:
     """Tiles are of one size: the first stands for all."""
+    before = transfer.returned_bytes, transfer.pieces_bytes
     tally.times *= len(tiles)
     yield tiles[0]
     tally.times //= len(tiles)
+    transfer.returned_bytes += (len(tiles) - 1) * (transfer.returned_bytes - before[0])
+    transfer.pieces_bytes += (len(tiles) - 1) * (transfer.pieces_bytes - before[1])
 
 
 @dataclass(slots=True)
