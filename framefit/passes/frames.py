@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
-from diffusers.models.autoencoders.autoencoder_kl_magvit import EasyAnimateCausalConv3d, EasyAnimateUpsampler3D
+from diffusers.models.autoencoders.autoencoder_kl_magvit import (
+    EasyAnimateCausalConv3d, EasyAnimateResidualBlock3D, EasyAnimateUpsampler3D,
+)
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
 from torch import nn
 
 from framefit.families.magvit_vae import SEEN
+from framefit.passes.norms import changes, moments, normed
 from framefit.passes.strips import enlarged, halved, over_frames
 
 __all__ = ["hooked"]
@@ -30,13 +33,38 @@ def hooked(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
 
 
 class _MagvitConvolution(ModelHook):  # type: ignore[misc]
-    """Before the first frame was that frame. Of a convolution that halves time, fewer are remembered."""
+    """Before the first frame was that frame. Of a convolution that halves time, fewer are remembered.
+
+    It makes frames channels-last, and they stay so through all layers behind it: no kernel copies them to be so.
+    """
 
     def new_forward(self, module: EasyAnimateCausalConv3d, x: torch.Tensor, scale: int = 1) -> torch.Tensor:
-        own = _frames(x)
-        before = module.prev_features or own[:1] * (module.kernel_size[0] - 1)
-        module.prev_features = _kept(module, [*before, *own])
-        return _convolved(module, [*before, *own], module.padding[1:], scale)
+        own = _frames(x.contiguous(memory_format=torch.channels_last_3d))
+        kept = [pixels.movedim(-1, 1) for pixels in module.prev_features or ()]
+        seen = [*(kept or own[:1] * (module.kernel_size[0] - 1)), *own]
+        module.prev_features = _kept(module, [frame.movedim(1, -1) for frame in seen])
+        return _convolved(module, seen, module.padding[1:], scale)
+
+
+class _MagvitResidual(ModelHook):  # type: ignore[misc]
+    """Adds what it took to what it made in place, and divides it by no one."""
+
+    def new_forward(self, module: EasyAnimateResidualBlock3D, x: torch.Tensor) -> torch.Tensor:
+        shortcut = module.shortcut(x)
+        for norm, convolution in ((module.norm1, module.conv1), (module.norm2, module.conv2)):
+            x = norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (1, -1)).transpose(1, 2)
+            x = convolution(module.nonlinearity(x))
+        x = x.add_(shortcut)
+        return x if module.output_scale_factor == 1 else x.div_(module.output_scale_factor)
+
+
+class _MagvitNorm(ModelHook):  # type: ignore[misc]
+    """(F, C, H, W), every frame by itself. The parts of a group are its channels, one element of every pixel apart."""
+
+    def new_forward(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+        variances, means = (each.unflatten(1, (norm.num_groups, -1)) for each in moments(x, (2, 3)))
+        scale, shift = changes(norm, (variances, means))
+        return normed(x, scale[..., None, None], shift[..., None, None])
 
 
 class _MagvitUpsampler(ModelHook):  # type: ignore[misc]
@@ -88,7 +116,9 @@ class _WanResampling(ModelHook):  # type: ignore[misc]
 
 HOOKS: dict[type[nn.Module], type[ModelHook]] = {
     EasyAnimateCausalConv3d: _MagvitConvolution,
+    EasyAnimateResidualBlock3D: _MagvitResidual,
     EasyAnimateUpsampler3D: _MagvitUpsampler,
+    nn.GroupNorm: _MagvitNorm,
     WanCausalConv3d: _WanConvolution,
     WanResidualBlock: _WanResidual,
 }
