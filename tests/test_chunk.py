@@ -119,7 +119,7 @@ def _from_zero(right: Any) -> Any:
 
 
 def _first_frame(right: Any) -> Any:
-    return lambda norm, x, elements: right(norm, x[:, :1], elements)
+    return lambda norm, x: right(norm, x[:, :1])
 
 
 def _no_photo(right: Any) -> Any:
@@ -154,7 +154,7 @@ FAULTS: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
         "easyanimate-v5-7b-zh-inp", chunk_easyanimate, "_text_side",
         lambda right: lambda block: chunk_easyanimate.replace(right(block), k=chunk_easyanimate._video_side(block).q),
     ),
-    "unet: statistics of one frame": ("i2vgen-xl", chunk_unet, "_statistics", _first_frame),
+    "unet: statistics of one frame": ("i2vgen-xl", chunk_unet, "_changes", _first_frame),
     "unet: another frame's context": ("i2vgen-xl", rows.Frames, "_others", _other_frames),
     "unet: lines left out": ("i2vgen-xl", chunk_unet, "_lines", _a_line_less),
 }  # fmt: skip

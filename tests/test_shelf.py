@@ -46,8 +46,8 @@ def reused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
-        def empty(self, *shape: Any, **how: Any) -> torch.Tensor:
-            return on_device(torch.full(*shape, torch.nan, **how))
+        def empty_strided(self, *shape: Any, **how: Any) -> torch.Tensor:
+            return on_device(torch.empty_strided(*shape, **how).fill_(torch.nan))
 
     monkeypatch.setattr(shelf, "torch", Torch())
     with torch.no_grad():

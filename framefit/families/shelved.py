@@ -39,9 +39,9 @@ def shelved(
     following = dict(pairwise(places))
     try:
         for index, group in enumerate(groups):
-            frames: list[Frame] = list(torch.split(group, 1, dim=2))
+            frames: list[Frame] = [group]
             del group
-            one = _Group(shelf, following, index == 0, index + 1 == count)
+            one = _Group(shelf, following, index + 1 == count)
             for number, stretch in enumerate(stretches):
                 if None in stretch:
                     frames = one.along(stretch[None], (number, None), frames)
@@ -59,7 +59,6 @@ class _Group:
 
     shelf: Shelf
     following: Mapping[Place, Place]
-    first: bool
     last: bool
 
     def in_tiles(self, stretch: Stretch, number: int, frames: list[Frame], each: Callable[..., Iterable[Tile]]) -> list[Frame]:
@@ -73,27 +72,38 @@ class _Group:
         for index, stage in enumerate(stages):
             here = *at, index
             stage.memory[:] = self.shelf.take(here, stage.memory)
-            frames = self._frame_by_frame(stage, frames, here)
+            frames = self._piece_by_piece(stage, frames, here)
             if not self.last:
                 self.shelf.put(here, stage.memory)
             stage.memory.clear()
         return frames
 
-    def _frame_by_frame(self, stage: Stage, frames: list[Frame], here: Place) -> list[Frame]:
+    def _piece_by_piece(self, stage: Stage, frames: list[Frame], here: Place) -> list[Frame]:
         """What a stage makes of `frames`, which are dropped as they are read."""
-        takes = 1 if self.first else stage.takes
-        runs, out = len(frames) // takes, list[Frame]()
+        count = sum(map(_length, frames))
+        takes = min(stage.takes, count)
+        runs, out = count // takes, list[Frame]()
         for run in range(runs):
             if run == (runs + 1) // 2:
                 self.shelf.settle()
             if run == runs // 2 and here in self.following:
                 self.shelf.expect(self.following[here])
-            taken, frames[:takes] = frames[:takes], []
-            piece = taken.pop() if takes == 1 else torch.cat(taken, dim=2)
-            taken.clear()
-            made = stage.run(piece)
-            del piece
-            out += [made] if isinstance(made, tuple) else torch.split(made, 1, dim=2)
-            del made
+            out.append(stage.run(_taken(frames, takes)))
         self.shelf.settle()
         return out
+
+
+def _length(frame: Frame) -> int:
+    return (frame[0] if isinstance(frame, tuple) else frame).shape[2]
+
+
+def _taken(frames: list[Frame], count: int) -> Frame:
+    """The next `count` frames in one, which leave the list."""
+    piece = frames.pop(0)
+    if _length(piece) > count:
+        piece, rest = piece.tensor_split([count], dim=2)
+        frames.insert(0, rest)
+    elif _length(piece) < count:
+        others = (frames.pop(0) for _ in range(count // _length(piece) - 1))
+        piece = torch.cat([piece, *others], dim=2)
+    return piece

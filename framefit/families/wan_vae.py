@@ -153,7 +153,7 @@ def _down_by_layer(encoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
 
     def rows() -> list[Row]:
         made = [_remembering(_convolution, encoder.conv_in)]
-        made += [_remembering(_block, layer, takes=_takes(_resamples(layer))) for layer in encoder.down_blocks]
+        made += [_remembering(_block, layer) for layer in encoder.down_blocks]
         return [*made, *_middle(encoder.mid_block), _remembering(_end, encoder, encoder.conv_out)]
 
     if not tiles:
@@ -172,7 +172,7 @@ def _middle(middle: Any) -> list[Row]:
     return made
 
 
-def _remembering(build: Callable[..., Run], layer: Any, looks: nn.Module | None = None, takes: int = 1) -> Row:
+def _remembering(build: Callable[..., Run], layer: Any, looks: nn.Module | None = None, takes: int = KEPT) -> Row:
     memory: list[Any] = []
     return Stage(run=build(layer, memory=memory), memory=memory, takes=takes), (looks or layer,)
 

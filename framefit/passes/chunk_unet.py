@@ -14,6 +14,7 @@ import torch
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModelOutput
 from torch import nn
 
+from framefit.passes.norms import changes, moments, normed
 from framefit.passes.rows import Chunked, Frames, each, pieces
 
 __all__ = ["hooks", "width"]
@@ -33,10 +34,10 @@ class TemporalConvolution(Chunked):
         before, after = x, torch.empty_like(x, memory_format=torch.contiguous_format)
         for stage in (layer.conv1, layer.conv2, layer.conv3, layer.conv4):
             norm, *rest = stage
-            statistics = _statistics(norm, before, self.elements)
+            statistics = _changes(norm, before)
 
             def compute(lines: slice, before: Any = before, statistics: Any = statistics, rest: Any = rest) -> None:
-                part = _normed(before[..., lines, :], statistics).transpose(1, 2)
+                part = normed(before[..., lines, :], *statistics).transpose(1, 2)
                 for module in rest:
                     part = module(part)
                 after[..., lines, :] = part.transpose(1, 2)  # over what it came from: no other pixel is read
@@ -59,11 +60,11 @@ class TemporalTransformer(Chunked):
     ) -> Any:
         x = hidden_states.reshape(-1, num_frames, *hidden_states.shape[1:])
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        statistics = _statistics(model.norm, x, self.elements)
+        statistics = _changes(model.norm, x)
 
         def compute(lines: slice) -> None:
             part = x[..., lines, :]
-            pixels = _normed(part, statistics).permute(0, 3, 4, 1, 2)
+            pixels = normed(part, *statistics).permute(0, 3, 4, 1, 2)
             rows = model.proj_in(pixels.flatten(0, 2))
             for block in model.transformer_blocks:
                 rows = block(rows, cross_attention_kwargs=cross_attention_kwargs)
@@ -99,25 +100,9 @@ def _lines(x: torch.Tensor, width: int, elements: int) -> list[slice]:
     return pieces(height, elements // (batch * frames * width * across))
 
 
-def _statistics(norm: nn.GroupNorm, x: torch.Tensor, elements: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of (B, F, C, H, W): what each channel is to be multiplied by and moved by, in fp32, (B, 1, C, 1, 1).
-
-    The variance of all is the frames' own in the mean, and that of their means (they are equally large).
-    """
-    variances, means = (x.new_empty(*x.shape[:2], norm.num_groups, dtype=torch.float32) for _ in range(2))
-
-    def compute(frames: slice) -> None:
-        groups = x[:, frames].float().reshape(len(x), frames.stop - frames.start, norm.num_groups, -1)
-        variances[:, frames], means[:, frames] = torch.var_mean(groups, dim=3, correction=0)
-
-    each(pieces(x.shape[1], elements * x.shape[1] // x.numel()), compute)
-    variance, mean = variances.mean(1) + means.var(1, correction=0), means.mean(1)
-    by_channel = x.shape[2] // norm.num_groups
-    scale = (variance + norm.eps).rsqrt().repeat_interleave(by_channel, 1) * norm.weight.float()
-    shift = norm.bias.float() - mean.repeat_interleave(by_channel, 1) * scale
+def _changes(norm: nn.GroupNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of (B, F, C, H, W), over all frames: what each channel is multiplied by and moved by, (B, 1, C, 1, 1) each."""
+    batch, frames = x.shape[:2]
+    of_frames = moments(x.reshape(batch, frames, norm.num_groups, -1), [3])
+    scale, shift = changes(norm, (of_frames[0].transpose(1, 2), of_frames[1].transpose(1, 2)))
     return scale[:, None, :, None, None], shift[:, None, :, None, None]
-
-
-def _normed(part: torch.Tensor, statistics: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    scale, shift = statistics
-    return torch.addcmul(shift, part, scale).type_as(part)

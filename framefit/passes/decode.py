@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.autoencoders.autoencoder_kl_magvit import AutoencoderKLMagvit
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import nn
 from torch.nn import functional
@@ -39,13 +40,13 @@ def apply(parts: Parts, setting: Decode) -> None:
         return
     if reason := _refusal(parts, setting):
         raise UsageError(f"decode={setting.value} cannot be for {parts.checkpoint.id}: {reason}.")
-    vae, shelf = parts["vae"], None
-    if in_ram := setting.in_ram:
-        shelf = partial(Shelf, transfer_for(parts.device, weights(vae)))
+    vae, in_ram = parts["vae"], setting.in_ram
+    shelf = partial(Shelf, transfer_for(parts.device, weights(vae))) if in_ram else None
     parts.pieces = Pieces(one_by_one=setting.value == "frame", tile_px=setting.tile_px, shelf=shelf)
-    for module, hook in list(hooked(vae) if in_ram else _padding(vae)):
+    by_frames = in_ram or isinstance(vae, AutoencoderKLMagvit)
+    for module, hook in list(hooked(vae) if by_frames else _padding(vae)):
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-    _in_place(vae, in_ram)
+    _in_place(vae, by_frames)
 
 
 def remove(parts: Parts) -> None:

@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
-from diffusers.models.autoencoders.autoencoder_kl_magvit import EasyAnimateCausalConv3d, EasyAnimateUpsampler3D
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock, WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_magvit import (
+    EasyAnimateCausalConv3d, EasyAnimateResidualBlock3D, EasyAnimateUpsampler3D,
+)
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d, WanResample, WanResidualBlock, WanRMS_norm,
+)
 from torch import nn
 from torch.nn import functional
 
 from framefit.families.magvit_vae import SEEN
+from framefit.passes.norms import changes, moments, normed
 from framefit.passes.strips import enlarged, halved, over_frames
 
 __all__ = ["hooked"]
@@ -31,13 +36,38 @@ def hooked(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
 
 
 class _MagvitConvolution(ModelHook):  # type: ignore[misc]
-    """Before the first frame was that frame. Of a convolution that halves time, fewer are remembered."""
+    """Before the first frame was that frame. Of a convolution that halves time, fewer are remembered.
+
+    It makes frames channels-last, and they stay so through all layers behind it: no kernel copies them to be so.
+    """
 
     def new_forward(self, module: EasyAnimateCausalConv3d, x: torch.Tensor, scale: int = 1) -> torch.Tensor:
-        own = _frames(x)
-        before = module.prev_features or own[:1] * (module.kernel_size[0] - 1)
-        module.prev_features = _kept(module, [*before, *own])
-        return _convolved(module, [*before, *own], module.padding[1:], scale)
+        own = _frames(x.contiguous(memory_format=torch.channels_last_3d))
+        kept = [pixels.movedim(-1, 1) for pixels in module.prev_features or ()]
+        seen = [*(kept or own[:1] * (module.kernel_size[0] - 1)), *own]
+        module.prev_features = _kept(module, [frame.movedim(1, -1) for frame in seen])
+        return over_frames(module, seen, module.padding[1:], scale)
+
+
+class _MagvitResidual(ModelHook):  # type: ignore[misc]
+    """Adds what it took to what it made in place, and divides it by no one."""
+
+    def new_forward(self, module: EasyAnimateResidualBlock3D, x: torch.Tensor) -> torch.Tensor:
+        shortcut = module.shortcut(x)
+        for norm, convolution in ((module.norm1, module.conv1), (module.norm2, module.conv2)):
+            x = norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (1, -1)).transpose(1, 2)
+            x = convolution(module.nonlinearity(x))
+        x = x.add_(shortcut)
+        return x if module.output_scale_factor == 1 else x.div_(module.output_scale_factor)
+
+
+class _MagvitNorm(ModelHook):  # type: ignore[misc]
+    """(F, C, H, W), every frame by itself. The parts of a group are its channels, one element of every pixel apart."""
+
+    def new_forward(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+        variances, means = (each.unflatten(1, (norm.num_groups, -1)) for each in moments(x, (2, 3)))
+        scale, shift = changes(norm, (variances, means))
+        return normed(x, scale[..., None, None], shift[..., None, None])
 
 
 class _MagvitUpsampler(ModelHook):  # type: ignore[misc]
@@ -52,16 +82,22 @@ class _MagvitUpsampler(ModelHook):  # type: ignore[misc]
 
 
 class _WanConvolution(ModelHook):  # type: ignore[misc]
-    """Before the first frame is nothing. What is given to remember are frames, or one tensor of them."""
+    """Before the first frame is nothing. What is given to remember are frames, or one tensor of them.
+
+    Frames are channels-last from the first convolution on, as EasyAnimate's are.
+    """
 
     def new_forward(self, module: WanCausalConv3d, x: torch.Tensor, cache_x: Any = None) -> torch.Tensor:
         columns, _, rows, _, before, _ = module._padding
+        own = _frames(x.contiguous(memory_format=torch.channels_last_3d))
         past = _frames(cache_x) if isinstance(cache_x, torch.Tensor) else cache_x or []
         past = past if before else []
-        return _convolved(module, [*[None] * (before - len(past)), *past, *_frames(x)], (rows, columns))
+        return over_frames(module, [*[None] * (before - len(past)), *past, *own], (rows, columns))
 
 
 class _WanResidual(ModelHook):  # type: ignore[misc]
+    """Of as many frames at once as it remembers: then these are one tensor, and no other frame is in its memory."""
+
     def new_forward(
         self, module: WanResidualBlock, x: torch.Tensor, feat_cache: list[Any], feat_idx: list[int]
     ) -> torch.Tensor:
@@ -69,7 +105,7 @@ class _WanResidual(ModelHook):  # type: ignore[misc]
         for norm, convolution in ((module.norm1, module.conv1), (module.norm2, module.conv2)):
             x = module.nonlinearity(norm(x))
             before = feat_cache[feat_idx[0]] or [None] * (convolution.kernel_size[0] - 1)
-            feat_cache[feat_idx[0]] = _kept(convolution, [*before, *_frames(x)])
+            feat_cache[feat_idx[0]] = [*before, *_frames(x)][-len(before) :]
             feat_idx[0] += 1
             x = convolution(x, before)
             del before
@@ -93,6 +129,7 @@ class _WanResampling(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         first, convolution = module
         assert isinstance(convolution, nn.Conv2d)
+        x = x.contiguous(memory_format=torch.channels_last)
         if isinstance(first, nn.ZeroPad2d):
             return halved(convolution, x)
         return enlarged(first, convolution, x)
@@ -100,7 +137,9 @@ class _WanResampling(ModelHook):  # type: ignore[misc]
 
 HOOKS: dict[type[nn.Module], type[ModelHook]] = {
     EasyAnimateCausalConv3d: _MagvitConvolution,
+    EasyAnimateResidualBlock3D: _MagvitResidual,
     EasyAnimateUpsampler3D: _MagvitUpsampler,
+    nn.GroupNorm: _MagvitNorm,
     WanCausalConv3d: _WanConvolution,
     WanRMS_norm: _WanNorm,
     WanResidualBlock: _WanResidual,
@@ -115,12 +154,3 @@ def _kept(convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None]) -> list[t
     """Of the frames that it has seen, those that it needs again."""
     kept = convolution.stride[0] - convolution.kernel_size[0]
     return [frame if frame is None else frame.contiguous() for frame in seen[kept:]]
-
-
-def _convolved(
-    convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None], padding: tuple[int, int], scale: int = 1
-) -> torch.Tensor:
-    over, stride = convolution.kernel_size[0], convolution.stride[0]
-    starts = range(0, len(seen) - over + 1, stride)
-    made = [over_frames(convolution, seen[i : i + over], padding, scale) for i in starts]
-    return made[0] if len(made) == 1 else torch.cat(made, dim=2)
