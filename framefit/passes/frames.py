@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.models.autoencoders.autoencoder_kl_magvit import (
-    EasyAnimateCausalConv3d, EasyAnimateResidualBlock3D, EasyAnimateUpsampler3D,
+    EasyAnimateCausalConv3d,
+    EasyAnimateResidualBlock3D,
+    EasyAnimateUpsampler3D,
 )
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
 from torch import nn
@@ -43,7 +45,7 @@ class _MagvitConvolution(ModelHook):  # type: ignore[misc]
         kept = [pixels.movedim(-1, 1) for pixels in module.prev_features or ()]
         seen = [*(kept or own[:1] * (module.kernel_size[0] - 1)), *own]
         module.prev_features = _kept(module, [frame.movedim(1, -1) for frame in seen])
-        return _convolved(module, seen, module.padding[1:], scale)
+        return over_frames(module, seen, module.padding[1:], scale)
 
 
 class _MagvitResidual(ModelHook):  # type: ignore[misc]
@@ -85,7 +87,7 @@ class _WanConvolution(ModelHook):  # type: ignore[misc]
         columns, _, rows, _, before, _ = module._padding
         past = _frames(cache_x) if isinstance(cache_x, torch.Tensor) else cache_x or []
         past = past if before else []
-        return _convolved(module, [*[None] * (before - len(past)), *past, *_frames(x)], (rows, columns))
+        return over_frames(module, [*[None] * (before - len(past)), *past, *_frames(x)], (rows, columns))
 
 
 class _WanResidual(ModelHook):  # type: ignore[misc]
@@ -132,12 +134,3 @@ def _kept(convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None]) -> list[t
     """Of the frames that it has seen, those that it needs again."""
     kept = convolution.stride[0] - convolution.kernel_size[0]
     return [frame if frame is None else frame.contiguous() for frame in seen[kept:]]
-
-
-def _convolved(
-    convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None], padding: tuple[int, int], scale: int = 1
-) -> torch.Tensor:
-    over, stride = convolution.kernel_size[0], convolution.stride[0]
-    starts = range(0, len(seen) - over + 1, stride)
-    made = [over_frames(convolution, seen[i : i + over], padding, scale) for i in starts]
-    return made[0] if len(made) == 1 else torch.cat(made, dim=2)
