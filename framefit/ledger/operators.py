@@ -91,12 +91,14 @@ def _attention(args: Any, precision: str, bytes: int) -> Share:
 
 
 def _convolution(args: Any, result: Any, precision: str, flops: int, bytes: int) -> Iterator[Share]:
-    """Few channels leave tiles empty. What is channels-first is copied to channels-last and back, and biased after."""
+    """Few channels leave tiles empty. What is channels-first, as weights are, is copied to channels-last and back; what
+    is made is biased after."""
     image, weight = args[0], args[1]
     sort = Sort("convolution", precision, min(TILE, _up(min(weight.shape[:2]), CHANNELS)))
     layout = LAYOUTS.get(image.ndim)
     if layout and image.is_contiguous(memory_format=layout):
-        yield sort, flops, bytes
+        yield sort, flops, bytes + 2 * occupied(weight) + 2 * occupied(result)
+        yield Sort("scattered", "", 0), weight.numel(), 0
         return
     ends = (image, weight, result)
     yield sort, flops, 2 * sum(map(occupied, ends)) + 2 * occupied(result)

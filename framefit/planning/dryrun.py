@@ -112,6 +112,7 @@ def followed(
         )
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
+        stack.enter_context(_AsOnCard() if tally.card else nullcontext())  # type: ignore[no-untyped-call]
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
         count(way.go, tally)
     return tuple(
@@ -248,6 +249,18 @@ def _cudnn(func: Any, args: Any, result: Any) -> int:
     Within 2 % of what encoders and decoders took beyond their tensors on an H200 (LOG, dry run).
     """
     return int(args[0].nbytes + result.nbytes) if func._overloadpacket in CONVOLUTIONS else 0
+
+
+class _AsOnCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What a convolution makes of channels-last is channels-last; the CPU's, over frames, makes it otherwise."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in CONVOLUTIONS and isinstance(result, FakeTensor) and result.ndim == 5:
+            image, frames = args[0], torch.channels_last_3d
+            if image.is_contiguous(memory_format=frames) and not image.is_contiguous():
+                return result.as_strided(result.shape, torch.empty_like(result, device="meta", memory_format=frames).stride())
+        return result
 
 
 class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
