@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
+from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D, WanCausalConv3d, WanResample, WanResidualBlock
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify as patchified
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify as unpatchified
 from torch import nn
@@ -177,7 +177,7 @@ def _remembering(build: Callable[..., Run], layer: Any, looks: nn.Module | None 
     return Stage(run=build(layer, memory=memory), memory=memory, takes=takes), (looks or layer,)
 
 
-def _around(rows: Sequence[Row], shortcut: nn.Module) -> list[Row]:
+def _around(rows: Sequence[Row], shortcut: DupUp3D) -> list[Row]:
     """With a shortcut from the input of the first to the output of the last, to which every frame brings its own."""
     *before, (last, layer) = rows
     (first, _), began = before[0], False
@@ -191,11 +191,22 @@ def _around(rows: Sequence[Row], shortcut: nn.Module) -> list[Row]:
     def end(frame: Frame) -> torch.Tensor:
         nonlocal began
         out, told, began = last.run(frame[0]), not began, True
-        added: torch.Tensor = out.add_(shortcut(frame[1], first_chunk=told))
-        return added
+        return _added(shortcut, out, frame[1], first=told)
 
     runs = [begin, *(partial(go_on, stage.run) for stage, _ in before[1:]), end]
     return [(replace(stage, run=run), layers) for run, (stage, layers) in zip(runs, rows, strict=True)]
+
+
+def _added(shortcut: DupUp3D, out: torch.Tensor, x: torch.Tensor, *, first: bool) -> torch.Tensor:
+    """`out` and what `DupUp3D.forward` of diffusers 0.42 makes of x, pixel after pixel of those that one grows to."""
+    times, size = shortcut.factor_t, shortcut.factor_s
+    parts = x.unflatten(1, (shortcut.out_channels, -1))
+    for place in range(shortcut.factor):
+        frame, row, column = place // size**2, place // size % size, place % size
+        begin = frame - (times - 1 if first else 0)
+        if begin >= 0:
+            out[:, :, begin::times, row::size, column::size].add_(parts[:, :, place // shortcut.repeats])
+    return out
 
 
 def _growth(blocks: nn.Module) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from framefit.ledger.transfer import Piece, Room, Transfer, dense
+from framefit.ledger.transfer import Piece, Room, Transfer, without_holes
 
 __all__ = ["Shelf"]
 
@@ -54,7 +54,7 @@ class Shelf:
         for index, leaf in enumerate(leaves):
             place.kept.append(None if isinstance(leaf, torch.Tensor) else leaf)
             if isinstance(leaf, torch.Tensor):
-                leaf = leaf if leaf.stride() == dense(leaf) else leaf.contiguous()
+                leaf = leaf if without_holes(leaf) else leaf.contiguous()
                 place.lying[index] = leaf.shape, leaf.stride(), leaf.dtype
                 self._send(leaf, place, index)
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from framefit.errors import DoesNotFit
 
-__all__ = ["CardTransfer", "NoTransfer", "Piece", "Room", "Slab", "Transfer", "dense", "mapped", "transfer_for"]
+__all__ = ["CardTransfer", "NoTransfer", "Piece", "Room", "Slab", "Transfer", "mapped", "transfer_for", "without_holes"]
 
 ALIGNMENT = 512
 """Bytes: where a tensor begins, as torch's allocator on a card places them; kernels choose by alignment."""
@@ -42,7 +42,7 @@ class Slab:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.tensors = tuple(tensors)
-        self._strides = [dense(tensor) for tensor in self.tensors]
+        self._strides = [_dense(tensor) for tensor in self.tensors]
         self.offsets: list[int] = []
         end = 0
         for tensor in self.tensors:
@@ -362,9 +362,15 @@ def mapped(bytes: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, bytes, **MAPPING), dtype=torch.uint8)
 
 
-def dense(tensor: torch.Tensor) -> tuple[int, ...]:
+def _dense(tensor: torch.Tensor) -> tuple[int, ...]:
     """Its strides, or those of a copy without holes."""
     return torch.empty_like(tensor, device="meta").stride()
+
+
+def without_holes(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie side by side, in whatever order of its axes."""
+    strides = zip(tensor.shape, tensor.stride(), _dense(tensor), strict=True)
+    return all(own == usual for size, own, usual in strides if size > 1)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
