@@ -15,7 +15,7 @@ from torch import nn
 
 from framefit.families.pieces import Pieces, Stage, through
 from framefit.families.pixels import to_frames
-from framefit.families.shelved import shelved
+from framefit.families.shelved import gathered, shelved
 
 __all__ = ["SEEN", "decoded", "encoded"]
 
@@ -45,7 +45,7 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
 def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Tensor:
     """Frames (1, 3, 1, H, W) in [-1, 1], first the first -> latents (1, C, F, h, w): the posterior's mode."""
     encoder, most = vae.encoder, vae.temporal_compression_ratio
-    step = 1 if pieces.one_by_one else most
+    step, count = 1 if pieces.one_by_one else most, 1 + (len(video) - 1) // most
 
     def taken() -> Iterator[torch.Tensor]:
         yield video[0]
@@ -54,13 +54,12 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
 
     if pieces.shelf:
         stages = [_stage(encoder.conv_in), *_small(encoder), _end(encoder)]
-        made = shelved([{None: stages}], taken(), 1 + (len(video) - 1) // most, pieces)
+        made = shelved([{None: stages}], taken(), count, pieces)
     else:
         downs = [_stage(block, takes=block.temporal_downsample_factor) for block in encoder.down_blocks]
         stages = [_stage(encoder.conv_in), *downs, _stage(encoder.mid_block), _end(encoder)]
         made = through(stages, taken(), one_by_one=pieces.one_by_one)
-    out = torch.cat(list(made), dim=2)
-    mean: torch.Tensor = vae.quant_conv(out).chunk(2, dim=1)[0]
+    mean: torch.Tensor = vae.quant_conv(gathered(made, count)).chunk(2, dim=1)[0]
     return mean
 
 

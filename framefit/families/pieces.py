@@ -50,6 +50,8 @@ class Pieces:
     """Makes one for a way through a video; None: what stages remember stays on the device."""
     each: Callable[[Sequence[Tile]], Iterable[Tile]] = iter
     """Goes over the tiles; a dry run takes one for all, because all are of one size."""
+    over: Callable[[int], Iterable[int]] = range
+    """Goes over as many groups of frames, by their numbers; a dry run takes few for all, because most are alike."""
 
     def tiles(self, height: int, width: int, stride: int) -> list[Tile]:
         """Of a picture of `height` x `width` latent pixels of `stride` pixels each; none: it is taken whole.

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
 
 from framefit.families.pieces import Frame, Pieces, Shelf, Stage, Tile, side_by_side
 
-__all__ = ["Stretch", "shelved"]
+__all__ = ["Stretch", "gathered", "shelved"]
 
 Stretch = Mapping[Tile | None, Sequence[Stage]]
 """Stages in a row: those of every tile, each its own, or with None those for whole pictures."""
@@ -38,9 +37,9 @@ def shelved(
     places = [(n, tile, i) for n, each in enumerate(stretches) for tile, row in each.items() for i in range(len(row))]
     following = dict(pairwise(places))
     try:
-        for index, group in enumerate(groups):
-            frames: list[Frame] = [group]
-            del group
+        coming = iter(groups)
+        for index in pieces.over(count):
+            frames: list[Frame] = [next(coming)]
             one = _Group(shelf, following, index + 1 == count)
             for number, stretch in enumerate(stretches):
                 if None in stretch:
@@ -51,6 +50,17 @@ def shelved(
                 yield frames.pop(0)
     finally:
         shelf.close()
+
+
+def gathered(features: Iterable[torch.Tensor], count: int) -> torch.Tensor:
+    """(1, C, `count`, h, w) of so many frames."""
+    whole: torch.Tensor | None = None
+    for index, feature in enumerate(features):
+        if whole is None:
+            whole = feature.new_empty(*feature.shape[:2], count, *feature.shape[3:])
+        whole[:, :, index : index + 1] = feature
+    assert whole is not None
+    return whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from torch import nn
 
 from framefit.families.pieces import Frame, Pieces, Stage, Tile, painted, side_by_side, stages_of, through
 from framefit.families.pixels import to_frames
-from framefit.families.shelved import Stretch, shelved
+from framefit.families.shelved import Stretch, gathered, shelved
 
 __all__ = ["decoded", "encoded"]
 
@@ -78,7 +78,7 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
 
     if pieces.shelf:
         count = 1 + (len(video) - 1) // config.scale_factor_temporal
-        out = torch.cat(list(shelved(_down_by_layer(vae.encoder, tiles), taken(), count, pieces)), dim=2)
+        out = gathered(shelved(_down_by_layer(vae.encoder, tiles), taken(), count, pieces), count)
     else:
         shrunk = side_by_side(pieces.each(tiles), features, 1) if tiles else features(None)
         middle = _chain(_block(vae.encoder.mid_block), _end(vae.encoder))

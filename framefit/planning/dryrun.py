@@ -108,7 +108,8 @@ def followed(
             stack.enter_context(_steady(parts["vae"], live, tally))
         stack.enter_context(chunks.once(tally))
         parts.pieces = replace(
-            parts.pieces, each=partial(_one_for_all, tally, transfer), shelf=parts.pieces.shelf and partial(Shelf, transfer)
+            parts.pieces, each=partial(_one_for_all, tally, transfer), over=partial(_few_for_all, tally, transfer),
+            shelf=parts.pieces.shelf and partial(Shelf, transfer),
         )
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
@@ -390,12 +391,26 @@ def _units(vae: nn.Module) -> Iterator[nn.Module]:
 
 def _one_for_all(tally: Tally, transfer: Transfer, tiles: Sequence[Tile]) -> Iterator[Tile]:
     """Tiles are of one size: the first stands for all."""
+    with _standing(len(tiles), tally, transfer):
+        yield tiles[0]
+
+
+def _few_for_all(tally: Tally, transfer: Transfer, count: int) -> Iterator[int]:
+    """Groups of frames are alike from the third on, where memories are full, but for the last, which leaves none."""
+    for index in (*range(min(3, count - 1)), count - 1):
+        with _standing(count - 3 if index == 2 < count - 1 else 1, tally, transfer):
+            yield index
+
+
+@contextmanager
+def _standing(times: int, tally: Tally, transfer: Transfer) -> Iterator[None]:
+    """What runs in it stands for as much `times`."""
     before = transfer.returned_bytes, transfer.pieces_bytes
-    tally.times *= len(tiles)
-    yield tiles[0]
-    tally.times //= len(tiles)
-    transfer.returned_bytes += (len(tiles) - 1) * (transfer.returned_bytes - before[0])
-    transfer.pieces_bytes += (len(tiles) - 1) * (transfer.pieces_bytes - before[1])
+    tally.times *= times
+    yield
+    tally.times //= times
+    transfer.returned_bytes += (times - 1) * (transfer.returned_bytes - before[0])
+    transfer.pieces_bytes += (times - 1) * (transfer.pieces_bytes - before[1])
 
 
 @dataclass(slots=True)
@@ -412,7 +427,7 @@ class _Last:
 
 
 def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tally, *args: Any, **kwargs: Any) -> Any:
-    shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs))]
+    shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs, tally.times))]
     last.times = last.times + 1 if shapes == last.shapes else 1
     last.shapes = shapes
     counts = tally.counts
