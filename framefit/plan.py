@@ -83,8 +83,8 @@ class Decode(Setting):
     """How much of a video the VAE takes at once, when it decodes and when it encodes the photo's video.
 
     Whole pictures, the frames of one latent together, as the reference does (whole); whole pictures one by one (frame),
-    with what the layers remember of those before in RAM (ram); or one tile of all pictures after the other, of at most
-    PX pixels each way (tile:PX). The maths is the same.
+    with what the layers remember of those before in RAM (ram), and tiles of at most PX pixels each way where pictures
+    are largest (ram:PX); or one tile of all pictures after the other (tile:PX). The maths is the same.
     """
 
     type = "decode"

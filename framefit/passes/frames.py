@@ -42,7 +42,7 @@ class _MagvitConvolution(ModelHook):  # type: ignore[misc]
     """
 
     def new_forward(self, module: EasyAnimateCausalConv3d, x: torch.Tensor, scale: int = 1) -> torch.Tensor:
-        own = _frames(x.contiguous(memory_format=torch.channels_last_3d))
+        own = _frames(x)
         kept = [pixels.movedim(-1, 1) for pixels in module.prev_features or ()]
         seen = [*(kept or own[:1] * (module.kernel_size[0] - 1)), *own]
         module.prev_features = _kept(module, [frame.movedim(1, -1) for frame in seen])
@@ -89,10 +89,9 @@ class _WanConvolution(ModelHook):  # type: ignore[misc]
 
     def new_forward(self, module: WanCausalConv3d, x: torch.Tensor, cache_x: Any = None) -> torch.Tensor:
         columns, _, rows, _, before, _ = module._padding
-        own = _frames(x.contiguous(memory_format=torch.channels_last_3d))
         past = _frames(cache_x) if isinstance(cache_x, torch.Tensor) else cache_x or []
         past = past if before else []
-        return over_frames(module, [*[None] * (before - len(past)), *past, *own], (rows, columns))
+        return over_frames(module, [*[None] * (before - len(past)), *past, *_frames(x)], (rows, columns))
 
 
 class _WanResidual(ModelHook):  # type: ignore[misc]
@@ -147,7 +146,7 @@ HOOKS: dict[type[nn.Module], type[ModelHook]] = {
 
 
 def _frames(x: torch.Tensor) -> list[torch.Tensor]:
-    return list(torch.split(x, 1, dim=2))
+    return list(torch.split(x.contiguous(memory_format=torch.channels_last_3d), 1, dim=2))
 
 
 def _kept(convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -40,9 +40,7 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
-        tiles = tuple(f"tile:{px}" for px in (512, 384, 256, 192, 128))  # fewer bytes move than with frames one by one
-        # the 5B's VAE sees one pixel in four: halos as many of its pixels wide cost more than memories that move
-        return ("whole", "ram", *tiles) if checkpoint["vae"].config.get("is_residual") else ("whole", *tiles)
+        return ("whole", "ram", "ram:640", "ram:448", "tile:512", "tile:256", "tile:128")
     return ("whole", "frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
 
 
@@ -52,9 +50,10 @@ def _chunk(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _divides(plan: Plan, value: str) -> bool:
-    if value == "ram":
-        return plan.device.id != "cpu"  # where all is in RAM, nothing is spared
-    return Decode(value=value).tile_px < max(plan.request.width, plan.request.height)
+    decode = Decode(value=value)
+    if decode.in_ram and plan.device.id == "cpu":  # where all is in RAM, nothing is spared
+        return False
+    return decode.tile_px < max(plan.request.width, plan.request.height)
 
 
 CANDIDATES: tuple[Candidates, ...] = (

@@ -18,7 +18,7 @@ from framefit import rates
 from framefit.device import state_folder
 from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import Estimate, PhaseEstimate, Plan
+from framefit.plan import Decode, Estimate, PhaseEstimate, Plan
 from framefit.planning.choose import component_bytes
 from framefit.planning.moved import together
 from framefit.planning.phase import PhaseTrace, Pieces
@@ -97,7 +97,7 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
     if plan.lacks("shelf"):
         phase = max(plan.estimate.phases, key=lambda phase: phase.shelf_bytes)
         raise DoesNotFit(
-            f"{plan.request.model} with decode=ram keeps {phase.host_bytes / 2**30:.1f} GiB in RAM in its phase "
+            f"{plan.request.model} with decode={plan.setting(Decode).value} keeps {phase.host_bytes / 2**30:.1f} GiB in RAM in its phase "
             f"{phase.name} and {plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}another decode, or "
             f"free some."
         )
