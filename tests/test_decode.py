@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry
+from diffusers.models.autoencoders.autoencoder_kl_magvit import EasyAnimateResidualBlock3D
 from test_dryrun import legal, plan_of
 
 from framefit.errors import Cancelled, UsageError
@@ -21,6 +23,7 @@ from framefit.families.pixels import blank, placed
 from framefit.ledger.shelf import Shelf
 from framefit.ledger.transfer import Piece, Room, Transfer
 from framefit.passes import decode, strips
+from framefit.passes import frames as by_frames
 from framefit.pipeline import Pipeline
 from framefit.plan import Decode, Plan
 from framefit.planning import dryrun
@@ -99,13 +102,43 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", ["whole", "frame", "ram"])
 @pytest.mark.parametrize("id", [WAN, WAN_5B, EASYANIMATE])
 def test_frame_after_frame_is_equal(id: str, value: str, vaes: dict[str, Parts]) -> None:
-    """To the last bit, but where convolutions pad themselves or go by strips."""
+    """To the last bit where the layers are diffusers' own."""
     latents, video = given(vaes[id])
     frames, known = reference(vaes[id], latents), vaes[id]["vae"].encode(video).latent_dist.mode()
     parts = divided(vaes[id], value)
-    bar = 0.0 if value == "whole" or (value, id) == ("frame", EASYANIMATE) else 1e-5
+    bar = 0.0 if value == "whole" else 1e-5
     assert (ours(parts, latents) - frames).abs().max() <= bar * frames.abs().max()
     assert (encoded(parts, video) - known).abs().max() <= bar * known.abs().max()
+
+
+@pytest.mark.parametrize("value", ["frame", "ram"])
+def test_magvit_errs_no_more_than_its_own_layers(value: str, vaes: dict[str, Parts], in_bf16: Parts) -> None:
+    latents = given(in_bf16)[0].bfloat16()
+    frames = reference(vaes[EASYANIMATE], latents.float())
+    own = (ours(in_bf16, latents).float() - frames).norm()
+    assert (ours(divided(in_bf16, value), latents).float() - frames).norm() <= 1.1 * own
+
+
+@pytest.fixture
+def in_bf16(vaes: dict[str, Parts]) -> Parts:
+    """EasyAnimate's, of which every parameter of the one in fp32 is one in bf16 as well."""
+    parts = random_parts(tiny_row(EASYANIMATE), dtype=torch.bfloat16, device=torch.device("cpu"))
+    state = {name: each.bfloat16() for name, each in vaes[EASYANIMATE]["vae"].state_dict().items()}
+    parts["vae"].load_state_dict(state)
+    vaes[EASYANIMATE]["vae"].load_state_dict({name: each.float() for name, each in state.items()})
+    return parts
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="other kernels are channels-first")
+def test_what_is_channels_last_stays_so() -> None:
+    block = EasyAnimateResidualBlock3D(32, 64, norm_num_groups=8).bfloat16()
+    for module, hook in list(by_frames.hooked(block)):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "test")
+    out = block(torch.randn(1, 32, 1, 48, 40, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last_3d))
+    assert out.is_contiguous(memory_format=torch.channels_last_3d)
+    remembered = block.conv1.prev_features + block.conv2.prev_features
+    assert [frame.shape for frame in remembered] == 2 * [(1, 1, 48, 40, 32)] + 2 * [(1, 1, 48, 40, 64)]
+    assert all(frame.is_contiguous() for frame in remembered)
 
 
 TILES = {WAN: (144, 88, 40), WAN_5B: (240, 128)}
@@ -234,6 +267,15 @@ def test_a_memory_that_does_not_come_back_from_ram_is_seen(
     frames, known = reference(vaes[id], latents), vaes[id]["vae"].encode(video).latent_dist.mode()
     parts = divided(vaes[id], "ram")
     parts.pieces = replace(parts.pieces, shelf=partial(Shelf, way(torch.device("cpu"))))
+    assert (ours(parts, latents) - frames).abs().max() > 1e-3 * frames.abs().max()
+    assert (encoded(parts, video) - known).abs().max() > 1e-3 * known.abs().max()
+
+
+def test_norms_by_another_groups_moments_are_seen(vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, video = given(vaes[EASYANIMATE])
+    frames, known = reference(vaes[EASYANIMATE], latents), vaes[EASYANIMATE]["vae"].encode(video).latent_dist.mode()
+    parts, changes = divided(vaes[EASYANIMATE], "frame"), by_frames.changes
+    monkeypatch.setattr(by_frames, "changes", lambda norm, both: changes(norm, tuple(each.roll(1, 1) for each in both)))
     assert (ours(parts, latents) - frames).abs().max() > 1e-3 * frames.abs().max()
     assert (encoded(parts, video) - known).abs().max() > 1e-3 * known.abs().max()
 
@@ -431,7 +473,7 @@ def test_a_plan_says_what_lies_in_ram_and_what_moves(
 ) -> None:
     row = legal(tiny_row(id))
     stride = vaes[id]["vae"].spatial_compression_ratio
-    size = 18 * stride, 12 * stride, 13
+    size = 18 * stride, 12 * stride, 9
     usual = plan_of(row, photo, size, precision="fp32", settings={"decode": "frame"})
     *before, frame = dryrun.trace(usual, row)
     known = {phase.name.partition(":")[0]: phase.gives for phase in before}
@@ -442,9 +484,9 @@ def test_a_plan_says_what_lies_in_ram_and_what_moves(
     way = Transfer(torch.device("cpu"))
     parts = divided(vaes[id], "ram")
     parts.pieces = replace(parts.pieces, shelf=partial(Shelf, way))
-    ours(parts, torch.randn(1, getattr(vaes[id]["vae"].config, "z_dim", 16), 4, 12, 18))
+    ours(parts, torch.randn(1, getattr(vaes[id]["vae"].config, "z_dim", 16), 3, 12, 18))
     assert (said.bytes["host_to_device"], said.bytes["device_to_host"]) == (way.moved_bytes, way.returned_bytes)
-    assert way.moved_bytes / 3 <= said.shelf_bytes <= way.moved_bytes / 2
+    assert way.moved_bytes / 2 <= said.shelf_bytes <= way.moved_bytes
     monkeypatch.setattr(dryrun, "_steady", lambda *_: nullcontext())
     (longer,) = dryrun.trace(plan, row, known)
     assert longer.flops == said.flops

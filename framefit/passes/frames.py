@@ -55,8 +55,8 @@ class _MagvitResidual(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: EasyAnimateResidualBlock3D, x: torch.Tensor) -> torch.Tensor:
         shortcut = module.shortcut(x)
         for norm, convolution in ((module.norm1, module.conv1), (module.norm2, module.conv2)):
-            x = norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (1, -1)).transpose(1, 2)
-            x = convolution(module.nonlinearity(x))
+            x = module.nonlinearity(norm(x.transpose(1, 2)[0]))
+            x = convolution(x.transpose(0, 1)[None])
         x = x.add_(shortcut)
         return x if module.output_scale_factor == 1 else x.div_(module.output_scale_factor)
 
@@ -65,7 +65,7 @@ class _MagvitNorm(ModelHook):  # type: ignore[misc]
     """(F, C, H, W), every frame by itself. The parts of a group are its channels, one element of every pixel apart."""
 
     def new_forward(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-        variances, means = (each.unflatten(1, (norm.num_groups, -1)) for each in moments(x, (2, 3)))
+        variances, means = (each.view(len(x), norm.num_groups, -1) for each in moments(x, (2, 3)))
         scale, shift = changes(norm, (variances, means))
         return normed(x, scale[..., None, None], shift[..., None, None])
 

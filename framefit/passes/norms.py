@@ -8,8 +8,6 @@ large.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -19,7 +17,7 @@ Moments = tuple[torch.Tensor, torch.Tensor]
 """Variances and means, in fp32."""
 
 
-def moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
+def moments(x: torch.Tensor, axes: tuple[int, ...]) -> Moments:
     """Over `axes`, the last ones."""
     variances = torch.empty(x.shape[: -len(axes)], dtype=torch.float32, device=x.device)
     torch.var(x, axes, correction=0, out=variances)  # it has no `dtype`; a result in fp32 has it compute so

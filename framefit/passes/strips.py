@@ -67,7 +67,7 @@ def _by_rows(
     convolution: nn.Conv2d | nn.Conv3d, take: Take, like: torch.Tensor, rows: int, padding: tuple[int, int],
     bytes: int, scale: int = 1,
 ) -> torch.Tensor:  # fmt: skip
-    """Every strip has the zeros around it that the picture has. What is made of those inside of the picture is left out.
+    """Every strip gets the zeros that are around the picture; what is made of those inside of it is left out.
 
     Args:
         like: whose layout the result has.
