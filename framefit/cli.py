@@ -139,7 +139,6 @@ def parser() -> argparse.ArgumentParser:
     plan = _command(names, "plan", commands.plan, "show what a run would do, and why, without loading the model")
     _request_flags(plan)
     _option_flags(plan)
-    plan.add_argument("--ram", type=_bytes, metavar="SIZE", help="of the machine of a named card (default: this one's)")
     plan.add_argument("--diff", nargs=2, type=Path, metavar=("A", "B"), help="what differs between two saved plans")
     plan.add_argument("--table", action="store_true", help="what fits on cards of 8 to 48 GB, as Markdown; minutes")
 
@@ -208,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     )
     rerun.add_argument("-m", "--model", metavar="MODEL", help="the model, likewise")
     rerun.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
-    _vram_flag(rerun)
+    _budget_flags(rerun)
     _output_flags(rerun)
     _bench_flags(_command(names, "bench", commands.bench, "measure a model's work, technique by technique"))
     return top
@@ -281,7 +280,7 @@ def _option_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto); to plan, also a card, as rtx-4090"
     )
-    _vram_flag(command)
+    _budget_flags(command)
     command.add_argument(
         "--quality", choices=list(QUALITIES), help="the weakest tier that a derived setting may have (default exact)"
     )
@@ -299,6 +298,17 @@ def _vram_flag(command: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most that torch may reserve of the card, e.g. 12GiB (default: free)",
     )
+
+
+def _budget_flags(command: argparse.ArgumentParser) -> None:
+    _vram_flag(command)
+    what = {
+        "ram": "of RAM (default: free); of a named card, what its machine has",
+        "pinned": "of RAM pinned for a card",
+        "disk": "of temporary files (default: free)",
+    }
+    for name, told in what.items():
+        command.add_argument(f"--{name}", type=_bytes, metavar="SIZE", help=f"most that the plan may take {told}")
 
 
 def _output_flags(command: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from framefit.plan import QUALITIES
 from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
+    from framefit.device import Budget
     from framefit.families import Checkpoint
     from framefit.ledger import Ledger
     from framefit.pipeline import Pipeline
@@ -60,7 +61,7 @@ def run(flags: Namespace) -> None:
     with Progress(flags) as progress:
         options = progress.options(
             preset=flags.preset, precision=flags.precision, settings=dict(flags.settings), use_tuned=not flags.untuned,
-            quality=flags.quality or "exact",
+            quality=flags.quality or "exact", budget=_budget(flags),
         )  # fmt: skip
         if flags.resume:
             if flags.plan:
@@ -86,7 +87,7 @@ def rerun(flags: Namespace) -> None:
     from framefit.run import generate
 
     with Progress(flags) as progress:
-        options = progress.options()
+        options = progress.options(budget=_budget(flags))
         made = recipe(flags.file, flags.image, flags.last_image, flags.model, flags.loras)
         crf = made.crf if options.crf is None else options.crf
         options = replace(options, precision=made.precision, settings=made.settings, crf=crf, weights=made.weights)
@@ -198,7 +199,8 @@ def diagnose(flags: Namespace) -> None:
     from framefit.profiling.rules import RULES
 
     if flags.profile:
-        beside = {"--layers": flags.layers, "--output": flags.output, "--vram": flags.vram}
+        beside = {"--layers": flags.layers, "--output": flags.output}
+        beside |= {f"--{name}": getattr(flags, name) for name in ("vram", "ram", "pinned", "disk")}
         if given := [*_asked(flags), *(flag for flag, value in beside.items() if value)]:
             raise UsageError(f"--from reads what was measured before, and {given[0]} asks to measure: leave one out.")
         case = findings.read(flags.profile)
@@ -359,7 +361,7 @@ def verify(flags: Namespace) -> int:
         raise UsageError("a prompt is needed: say what should happen with -p TEXT.")
     options = Options(
         device=flags.device or "auto", preset=flags.preset, precision=flags.precision, settings=dict(flags.settings),
-        use_tuned=not flags.untuned, vram_bytes=flags.vram, quality=flags.quality or "exact",
+        use_tuned=not flags.untuned, budget=_budget(flags), quality=flags.quality or "exact",
     )  # fmt: skip
     folder = flags.output or Path("outputs") / f"verify_{time.strftime('%Y%m%d-%H%M%S')}"
     verdict = verify(
@@ -437,9 +439,14 @@ def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
         flags.prompt = "(no prompt)"
     return prepare(
         _request(flags), device=flags.device or "auto", preset=flags.preset, precision=flags.precision,
-        settings=dict(flags.settings), use_tuned=not flags.untuned, vram_bytes=flags.vram,
-        ram_bytes=getattr(flags, "ram", None),
+        settings=dict(flags.settings), use_tuned=not flags.untuned, budget=_budget(flags),
     )  # fmt: skip
+
+
+def _budget(flags: Namespace) -> Budget:
+    from framefit.device import Budget
+
+    return Budget(vram_bytes=flags.vram, ram_bytes=flags.ram, pinned_bytes=flags.pinned, disk_bytes=flags.disk)
 
 
 def _refuse_with_resume(flags: Namespace) -> None:

@@ -3,13 +3,16 @@
 Device.detect("cuda")                       this machine
 Device.detect("cuda", vram_bytes=12 * GiB)  emulated: this card, and a run that may reserve no more of it
 Device.named("rtx-3060-12gb")               a card that is not here, for a plan
+Device.find("auto", Budget(ram_bytes=16 * GiB))  any of these, of which a run is to take no more
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from framefit.cards import CARDS
 from framefit.errors import DoesNotFit, UsageError
 from framefit.rates import Unseen
 
-__all__ = ["Device", "expand_segments", "state_folder"]
+__all__ = ["Budget", "Device", "expand_segments", "state_folder"]
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 GIB = 2**30
@@ -28,6 +31,25 @@ EXPANDING_BYTES = 20 * 2**20
 """By which torch's expandable segments grow, past a cap too (CUDACachingAllocator, kLargeBuffer)."""
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables that configure torch's allocator, the second an older name."""
+WINDOWS_PINS = 0.45
+"""Of RAM, which is as much as other tools of this field dare to pin under Windows, in a Linux inside of it too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Most that a run may take; None: what there is."""
+
+    vram_bytes: int | None = None
+    """Reserved of the card, which is enforced."""
+    ram_bytes: int | None = None
+    """Of RAM; with a card that is only named, what the machine has that it is in."""
+    pinned_bytes: int | None = None
+    """Of that, pinned for a card."""
+    disk_bytes: int | None = None
+    """Of temporary files."""
+
+
+ALL = Budget()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,19 +73,24 @@ class Device:
     ram_total_bytes: int
     """What this process may use: the control group's limit where there is one."""
     ram_free_bytes: int
-    disk_free_bytes: int
-    """In the user's state folder, where temporary files go."""
+    pinned_limit_bytes: int | None = None
+    """Most of it that may be pinned for a card; None: all that is free."""
+    disk_free_bytes: int | None
+    """In the user's state folder, where temporary files go; None: of a machine that is not here."""
 
     @classmethod
-    def find(cls, which: str = "auto", *, vram_bytes: int | None = None, ram_bytes: int | None = None) -> Self:
-        """What `--device`, `--vram` and `--ram` say: a device of this machine, or a named card."""
+    def find(cls, which: str = "auto", budget: Budget = ALL) -> Self:
+        """What `--device` and the flags of the budget say: a device of this machine, or a named card.
+
+        Raises:
+            UsageError: as `detect` and `named`, or memory is to be pinned for the CPU.
+            DoesNotFit: there is less than that.
+        """
         if which in CARDS:
-            return cls.named(which, vram_bytes=vram_bytes, ram_bytes=ram_bytes)
-        if ram_bytes is not None:
-            raise UsageError(
-                f"--ram is for a machine that is not here, and --device {which} is of this one: leave it out."
-            )
-        return cls.detect(which, vram_bytes=vram_bytes)
+            found = cls.named(which, vram_bytes=budget.vram_bytes, ram_bytes=budget.ram_bytes)
+        else:
+            found = cls.detect(which, vram_bytes=budget.vram_bytes)
+        return found._within(budget)
 
     @classmethod
     def detect(cls, which: str = "auto", *, vram_bytes: int | None = None) -> Self:
@@ -112,10 +139,11 @@ class Device:
         """
         if id not in CARDS:
             raise UsageError(f"card '{id}' is unknown: use {', '.join(CARDS)}.")
-        card, host = CARDS[id], _host()
+        card, host = CARDS[id], _host() | {"disk_free_bytes": None}
         context_bytes = _unseen(card.name, card.compute_capability).context_bytes
         if ram_bytes is not None:
-            host |= {"ram_total_bytes": ram_bytes, "ram_free_bytes": ram_bytes}
+            host |= dict.fromkeys(("ram_total_bytes", "ram_free_bytes"), ram_bytes)
+            host["pinned_limit_bytes"] = _pinnable(ram_bytes)
         return cls(
             id=id, name=card.name, compute_capability=card.compute_capability, vram_total_bytes=card.vram_bytes,
             vram_free_bytes=card.vram_bytes, context_bytes=context_bytes, **host,
@@ -135,6 +163,12 @@ class Device:
         if self.vram_limit_bytes is not None:
             return self.vram_limit_bytes
         return max(0, self.vram_free_bytes - self.context_bytes)
+
+    @property
+    def pinnable_bytes(self) -> int:
+        """What a run may pin of RAM."""
+        limit = self.pinned_limit_bytes
+        return self.ram_free_bytes if limit is None else min(limit, self.ram_free_bytes)
 
     def check_here(self) -> None:
         """Raises `UsageError` where nothing can run: on a card that is only named."""
@@ -183,6 +217,18 @@ class Device:
         capability = data["compute_capability"]
         facts = {name: value for name, value in data.items() if name not in ("origin", "budget_bytes")}
         return cls(**(facts | {"compute_capability": None if capability is None else tuple(capability)}))
+
+    def _within(self, budget: Budget) -> Self:
+        """With no more RAM and disk than that."""
+        if budget.pinned_bytes is not None and self.id == "cpu":
+            raise UsageError("--pinned limits what is pinned for a card and the device is the CPU: leave it out.")
+        there = {"--ram": (budget.ram_bytes, self.ram_free_bytes), "--disk": (budget.disk_bytes, self.disk_free_bytes)}
+        for flag, (asked, free) in there.items():
+            if asked is not None and free is not None and asked > free:
+                raise DoesNotFit(f"{flag} is {asked / GIB:.2f} GiB and {free / GIB:.2f} GiB are free: ask for no more.")
+        ram, disk = ((free if asked is None else asked) for asked, free in there.values())
+        pinned = self.pinned_limit_bytes if budget.pinned_bytes is None else budget.pinned_bytes
+        return replace(self, ram_free_bytes=ram or 0, disk_free_bytes=disk, pinned_limit_bytes=pinned)
 
     def _limited(self, vram_bytes: int | None) -> Self:
         if vram_bytes is None:
@@ -256,7 +302,15 @@ def _host() -> dict[str, Any]:
     total, free = _memory()
     folder = state_folder().absolute()
     disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
-    return {"ram_total_bytes": total, "ram_free_bytes": free, "disk_free_bytes": disk}
+    return {
+        "ram_total_bytes": total, "ram_free_bytes": free, "pinned_limit_bytes": _pinnable(total),
+        "disk_free_bytes": disk,
+    }  # fmt: skip
+
+
+def _pinnable(total_bytes: int) -> int | None:
+    under_windows = sys.platform == "win32" or "microsoft" in platform.release().lower()
+    return int(WINDOWS_PINS * total_bytes) if under_windows else None
 
 
 def _memory() -> tuple[int, int]:
@@ -285,8 +339,6 @@ def _cached(stat: Path, name: str) -> int:
 
 
 def _cpu_name() -> str:
-    import platform
-
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # Linux tells more
         lines = Path("/proc/cpuinfo").read_text().splitlines()

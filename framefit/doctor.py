@@ -73,7 +73,7 @@ def _device(device: Device, neighbours: Others | None) -> Iterator[Row]:
         held = f", {_gib(neighbours.bytes)} at the least" if neighbours.bytes else ""
         yield "others on it", f"{count or f'{neighbours.count} processes'}{held}"
     yield "RAM", _free(device.ram_free_bytes, device.ram_total_bytes)
-    yield "disk", f"{_gib(device.disk_free_bytes)} free"
+    yield "disk", f"{_gib(device.disk_free_bytes or 0)} free"
 
 
 def _rates(found: Rates) -> Iterator[Row]:

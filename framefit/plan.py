@@ -340,22 +340,31 @@ class Plan:
         return max(self.excess(phase).values())
 
     def lacks(self, place: str) -> bool:
-        """Whether a phase needs more of the "device", the "host", the "shelf" or the "disk" than there is."""
+        """Whether a phase needs more of a place, a key of `needs`, than there is."""
         return any(self.excess(phase).get(place, 0) > 0 for phase in self.estimate.phases)
 
     def excess(self, phase: PhaseEstimate) -> dict[str, int]:
-        """Beyond the card, or RAM without one; RAM for weights that are kept there for a card ("host"), and with what a
-        VAE remembers ("shelf"); the disk for temporary files, where the machine is this one."""
-        on_card = self.device.id != "cpu"
-        need = phase.peak_vram_bytes if on_card else phase.host_bytes
-        over = {"device": need - self.estimate.free_bytes}
+        """What a phase needs beyond what there is, by place."""
+        return {place: need - there for place, (need, there) in self.needs(phase).items()}
+
+    def needs(self, phase: PhaseEstimate) -> dict[str, tuple[int, int]]:
+        """Bytes that a phase needs and that there are, by place.
+
+        "device" is the card, or RAM without one; "host" is RAM for weights that are kept there for a card, "pinned"
+        what of it is pinned; "shelf" is either with what a VAE remembers, "disk" temporary files, where the machine is
+        known.
+        """
+        device, on_card = self.device, self.device.id != "cpu"
+        ram, pinned = (phase.host_bytes, device.ram_free_bytes), (phase.pinned_bytes, device.pinnable_bytes)
+        found = {"device": (phase.peak_vram_bytes if on_card else phase.host_bytes, self.estimate.free_bytes)}
         if on_card and self.offload != "none":
-            over["host"] = phase.host_bytes - phase.shelf_bytes - self.device.ram_free_bytes
+            for place, (need, there) in (("host", ram), ("pinned", pinned)):
+                found[place] = need - phase.shelf_bytes, there
         if phase.shelf_bytes:
-            over["shelf"] = phase.host_bytes - self.device.ram_free_bytes
-        if self.device.origin != "named":
-            over["disk"] = phase.disk_bytes - self.device.disk_free_bytes
-        return over
+            found["shelf"] = max(ram, pinned, key=lambda each: each[0] - each[1])
+        if device.disk_free_bytes is not None:
+            found["disk"] = phase.disk_bytes, device.disk_free_bytes
+        return found
 
     def setting(self, kind: type[S]) -> S:
         return next(s for s in self.settings if isinstance(s, kind))

@@ -64,7 +64,6 @@ class Progress:
         flags = self._flags
         return Options(
             device=flags.device or "auto",
-            vram_bytes=flags.vram,
             crf=flags.crf,
             overwrite=flags.overwrite,
             checkpoints=None if flags.no_checkpoint else flags.checkpoint_dir or default_root(),

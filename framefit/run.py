@@ -13,7 +13,7 @@ from pathlib import Path
 
 from framefit import photo, planning, recipe, video
 from framefit.checkpoint import RunFolder, State, Writer, default_root
-from framefit.device import Device
+from framefit.device import ALL, Budget, Device
 from framefit.errors import BadCheckpoint, BadImage, BadInput, Cancelled, FramefitError, UsageError
 from framefit.families import Checkpoint, find, hub
 from framefit.families.files import fingerprint
@@ -42,10 +42,8 @@ class Options:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; to plan, also a card of `framefit.cards`"""
-    vram_bytes: int | None = None
-    """Most that the run may reserve of a card, which is enforced; None: what is free."""
-    ram_bytes: int | None = None
-    """Memory of the machine that a card of `framefit.cards` is in; None: this machine's."""
+    budget: Budget = ALL
+    """Most that the run may take."""
     precision: str | None = None
     """bf16, fp16 or fp32; None: what the device computes best"""
     preset: str | None = None
@@ -91,15 +89,16 @@ def prepare(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
 
 def _unfitted(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
     return planning.prepare(
-        request, device=options.device, vram_bytes=options.vram_bytes, ram_bytes=options.ram_bytes,
-        preset=options.preset, settings=options.settings, precision=options.precision, use_tuned=options.use_tuned,
+        request, device=options.device, budget=options.budget, preset=options.preset, settings=options.settings,
+        precision=options.precision, use_tuned=options.use_tuned,
     )  # fmt: skip
 
 
 def _fitted(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
     """On the CPU a run begins at once where nothing says otherwise: there the weights are all that is looked at."""
     if plan.device.id == "cpu" or not options.fit:
-        return planning.estimated(plan, checkpoint) if _weights_change(plan) else plan
+        looked_at = _weights_change(plan) or options.budget.ram_bytes is not None
+        return planning.estimated(plan, checkpoint) if looked_at else plan
     return planning.fitted(plan, checkpoint, tier=QUALITIES[options.quality])
 
 
@@ -196,8 +195,9 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
 
 def _device_to_resume_on(plan: Plan, options: Options) -> Device:
     if options.device == "auto":
-        return Device.detect(plan.device.id, vram_bytes=options.vram_bytes or plan.device.vram_limit_bytes)
-    return Device.detect(options.device, vram_bytes=options.vram_bytes)
+        kept = options.budget.vram_bytes or plan.device.vram_limit_bytes
+        return Device.find(plan.device.id, replace(options.budget, vram_bytes=kept))
+    return Device.find(options.device, options.budget)
 
 
 def check_runs(plan: Plan, checkpoint: Checkpoint, tier: Tier = "exact") -> Plan:

@@ -124,7 +124,7 @@ def verify(
     }
     changed = untouched | {
         "precision": options.precision, "settings": dict(options.settings), "use_tuned": options.use_tuned,
-        "vram_bytes": options.vram_bytes, "fit": True, "quality": options.quality,
+        "budget": options.budget, "fit": True, "quality": options.quality,
     }  # fmt: skip
     reference = prepare(request, Options(**untouched))[1]
     scratch = folder.with_name(f".framefit-{secrets.token_hex(8)}.partial")

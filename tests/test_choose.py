@@ -115,9 +115,12 @@ def made_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     return asked
 
 
-def plan_for(vram_gib: float, ram_gib: float = 200.0, card: str = "h100-80gb", **settings: str) -> Plan:
+def plan_for(
+    vram_gib: float, ram_gib: float = 200.0, card: str = "h100-80gb", pinned_gib: float | None = None, **settings: str
+) -> Plan:
     request = Request(image=Path("x.jpg"), prompt="x", model="i2vgen-xl", width=512, height=512, seed=1, steps=10)
     device = Device.named(card, vram_bytes=int(vram_gib * GIB), ram_bytes=int(ram_gib * GIB))
+    device = replace(device, pinned_limit_bytes=None if pinned_gib is None else int(pinned_gib * GIB))
     plan = choose(request, I2VGEN, device, photo_size=(512, 512), settings=settings)
     extra = tuple(c.kind(value=c.values(I2VGEN)[0]) for c in candidates.CANDIDATES if c not in CANDIDATES)
     return replace(plan, settings=(*plan.settings, *extra))
@@ -170,6 +173,23 @@ def test_more_budget_is_never_slower_and_what_fits_stays_within(seed: int, monke
         else:
             assert before is None, "what fitted fits with more"
     assert before is not None
+
+
+@pytest.mark.usefixtures("more")
+@pytest.mark.parametrize("seed", range(3))
+def test_more_to_pin_is_never_slower_and_what_fits_pins_no_more(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(seed, monkeypatch)
+    found = [(pinned, fitted(plan_for(12, pinned_gib=pinned), I2VGEN)) for pinned in (0, 2, 6, 12, 200)]
+    fitting = [(pinned, plan) for pinned, plan in found if plan.feasible]
+    assert all(phase.pinned_bytes <= pinned * GIB for pinned, plan in fitting for phase in plan.estimate.phases)
+    seconds = [plan.estimate.seconds or 0.0 for _, plan in fitting]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[0] > seconds[-1], "files are slower than RAM"
+    assert not found[0][1].feasible
+    asked = estimate.estimated(plan_for(12, pinned_gib=1, offload="block"), I2VGEN)
+    assert asked.lacks("pinned")
+    with pytest.raises(DoesNotFit, match=r"pins [\d.]+ GiB of RAM and 1\.00 GiB may be: .*offload=disk.*--pinned"):
+        estimate.check_fits(asked)
 
 
 @pytest.mark.usefixtures("more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 
 from framefit import cards, cli, doctor, rates, smi
 from framefit.cards import CARDS
-from framefit.device import Device
+from framefit.device import Budget, Device
 from framefit.errors import DoesNotFit, UsageError
 from framefit.ledger.counts import Counts
 from framefit.profiling import measure, unseen
@@ -101,9 +102,9 @@ def test_naming_a_card_leaves_torch_out() -> None:
 
 def test_a_named_card_is_in_this_machine_or_in_one_that_is_stated(cpu: Device) -> None:
     assert Device.named("t4").ram_total_bytes == cpu.ram_total_bytes
-    assert Device.find("t4", ram_bytes=16 * GIB).ram_free_bytes == 16 * GIB
-    with pytest.raises(UsageError, match="--ram is for a machine that is not here"):
-        Device.find("cpu", ram_bytes=16 * GIB)
+    there = Device.find("t4", Budget(ram_bytes=2**50))
+    assert (there.ram_free_bytes, there.disk_free_bytes) == (2**50, None)
+    assert Device.find("t4", Budget(disk_bytes=2**50)).disk_free_bytes == 2**50
     with pytest.raises(UsageError, match="card 'rtx-1' is unknown: use rtx-3060-12gb, "):
         Device.named("rtx-1")
 
@@ -140,6 +141,29 @@ def test_nothing_runs_on_a_card_that_is_only_named(wanted: str, home: Path, caps
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_may_be_held_to_less_of_the_machine(cpu: Device) -> None:
+    held = Device.find("cpu", Budget(ram_bytes=GIB, disk_bytes=2**20))
+    assert (held.ram_free_bytes, held.budget_bytes, held.disk_free_bytes) == (GIB, GIB, 2**20)
+    assert held.ram_total_bytes == cpu.ram_total_bytes
+    for flag, budget in (("ram", Budget(ram_bytes=2**50)), ("disk", Budget(disk_bytes=2**60))):
+        with pytest.raises(DoesNotFit, match=rf"--{flag} is [\d.]+ GiB and [\d.]+ GiB are free: ask for no more"):
+            Device.find("cpu", budget)
+    with pytest.raises(UsageError, match="--pinned limits what is pinned for a card and the device is the CPU"):
+        Device.find("cpu", Budget(pinned_bytes=GIB))
+
+
+def test_what_may_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of RAM that is free, unless it is said or Windows is below."""
+    card = Device.named("t4", ram_bytes=16 * GIB)
+    assert card.pinnable_bytes == 16 * GIB
+    assert replace(card, pinned_limit_bytes=GIB).pinnable_bytes == GIB
+    assert replace(card, pinned_limit_bytes=2**50).pinnable_bytes == 16 * GIB
+    monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    windows = Device.named("t4", ram_bytes=16 * GIB)
+    assert windows.pinnable_bytes == int(0.45 * 16 * GIB)
+    assert Device.find("t4", Budget(ram_bytes=16 * GIB, pinned_bytes=12 * GIB)).pinnable_bytes == 12 * GIB
+
+
 def test_a_limit_is_the_budget(cpu: Device) -> None:
     assert (HERE.origin, HERE.budget_bytes) == ("detected", 100 * GIB - 2**28)
     limited = HERE._limited(12 * GIB)
@@ -151,7 +175,7 @@ def test_a_limit_is_the_budget(cpu: Device) -> None:
     with pytest.raises(UsageError, match="--vram is 0"):
         HERE._limited(0)
     with pytest.raises(DoesNotFit, match=r"RTX 4090 has 23\.02 GiB"):
-        Device.find("rtx-4090", vram_bytes=24 * GIB)
+        Device.find("rtx-4090", Budget(vram_bytes=24 * GIB))
 
 
 @pytest.mark.parametrize("wanted", ["run -p x", "plan", "profile"])

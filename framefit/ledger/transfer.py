@@ -13,7 +13,7 @@ import mmap
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -75,7 +75,9 @@ class Slab:
 
     def point(self, room: Room | None) -> None:
         """Let the tensors be what lies in `room`, or on the host."""
-        views = self._home if room is None else self._views(room.memory)
+        if room is not None and self not in room.views:
+            room.views[self] = self._views(room.memory)
+        views = self._home if room is None else room.views[self]
         for tensor, view in zip(self.tensors, views, strict=True):
             tensor.data = view
 
@@ -100,6 +102,8 @@ class Room:
     """CUDA event: all that was to read it has."""
     filling: Future[None] | None = None
     """Of a file's contents: a thread is reading them."""
+    views: dict[Slab, list[torch.Tensor]] = field(default_factory=dict)
+    """Of slabs that have been in it, made once: to make those of a denoiser's takes longer than to compute some."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -27,6 +27,10 @@ def reasoned(plan: Plan, before: Mapping[str, Plan], blocks: int) -> Plan:
     return replace(plan, settings=settings)
 
 
+WHERE = {"device": "", "host": " in RAM", "pinned": " of pinned RAM", "shelf": " in RAM", "disk": " of disk"}
+"""Key of `Plan.needs` -> where that is."""
+
+
 def _because(setting: Setting, plan: Plan, other: Plan) -> str:
     value = next(s.value for s in other.settings if s.type == setting.type)
     if other.feasible or not plan.feasible:
@@ -35,13 +39,12 @@ def _because(setting: Setting, plan: Plan, other: Plan) -> str:
             return f"{seconds[0]}, and {seconds[1]} with {setting.type}={value}"
         return "the leanest that there is" if not plan.feasible else f"before {setting.type}={value} in the order"
     phase = max(other.estimate.phases, key=other.excess_bytes)
-    card = phase.peak_vram_bytes if other.device.id != "cpu" else phase.host_bytes
-    if card > other.estimate.free_bytes:
-        need, has, where = card, other.estimate.free_bytes, ""
-    else:
-        need, has, where = phase.host_bytes, other.device.ram_free_bytes, " in RAM"
+    over = other.excess(phase)
+    place = max(over, key=lambda each: over[each])
+    need, there = other.needs(phase)[place]
     return (
-        f"{phase.name} needs {need / GIB:.1f} GiB{where} with {setting.type}={value} and {has / GIB:.1f} GiB are there"
+        f"{phase.name} needs {need / GIB:.1f} GiB{WHERE[place]} with {setting.type}={value} and {there / GIB:.1f} GiB "
+        f"are there"
     )
 
 

@@ -67,7 +67,7 @@ def _all(plan: Plan, checkpoint: Checkpoint, tier: Tier) -> Iterator[Change]:
         return leanest(replace(plan, request=request), checkpoint, tier=tier)
 
     need = leanest(plan, checkpoint, tier=tier)
-    if need.lacks("host") or need.lacks("disk"):  # weights: no frame is too many
+    if any(map(need.lacks, ("host", "pinned", "disk"))):  # weights: no frame is too many
         return
     yield from _fewer_frames(plan, checkpoint, with_request)
     yield from _smaller(plan, checkpoint, with_request)

@@ -94,18 +94,25 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
             f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}{less}offload=none, or a smaller model "
             f"(framefit models ls); or free some."
         )
+    if plan.lacks("pinned"):
+        need, there = max(plan.needs(phase)["pinned"] for phase in plan.estimate.phases)
+        less = "" if plan.offload == "disk" else "offload=disk, "
+        raise DoesNotFit(
+            f"{plan.request.model} with offload={plan.offload} pins {need / 2**30:.2f} GiB of RAM and "
+            f"{there / 2**30:.2f} GiB may be: {fits_with}{less}offload=none, or more of --pinned."
+        )
     if plan.lacks("shelf"):
         phase = max(plan.estimate.phases, key=lambda phase: phase.shelf_bytes)
+        need, there = plan.needs(phase)["shelf"]
         raise DoesNotFit(
-            f"{plan.request.model} with decode={plan.setting(Decode).value} keeps {phase.host_bytes / 2**30:.1f} GiB in RAM in its phase "
-            f"{phase.name} and {plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}another decode, or "
-            f"free some."
+            f"{plan.request.model} with decode={plan.setting(Decode).value} keeps {need / 2**30:.1f} GiB in RAM in its phase "
+            f"{phase.name} and {there / 2**30:.1f} GiB may be: {fits_with}another decode, or free some."
         )
     if plan.lacks("disk"):
-        need = max(phase.disk_bytes for phase in plan.estimate.phases)
+        need, there = max(plan.needs(phase)["disk"] for phase in plan.estimate.phases)
         raise DoesNotFit(
             f"{plan.request.model} with offload=disk writes {need / 2**30:.1f} GiB of weights below {state_folder()} "
-            f"and {plan.device.disk_free_bytes / 2**30:.1f} GiB are free there: make room, set XDG_STATE_HOME to "
+            f"and {there / 2**30:.1f} GiB are free there: make room, set XDG_STATE_HOME to "
             f"another disk, or use offload=block."
         )
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding

@@ -57,7 +57,7 @@ class Option:
         of them could help."""
         free, on_card = self.plan.estimate.free_bytes, self.plan.device.id != "cpu"
         weights = (sum(trace.weights_bytes.values()) for trace in self.traces)
-        return (on_card and max(weights) > free) or self.plan.lacks("host") or self.plan.lacks("disk")
+        return (on_card and max(weights) > free) or any(map(self.plan.lacks, ("host", "pinned", "disk")))
 
 
 def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:

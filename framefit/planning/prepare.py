@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from framefit import photo, tuned
-from framefit.device import Device
+from framefit.device import ALL, Budget, Device
 from framefit.families import Checkpoint, find
 from framefit.plan import Plan, Setting
 from framefit.planning.asked import asked
@@ -23,8 +23,7 @@ def prepare(
     request: Request,
     *,
     device: str = "auto",
-    vram_bytes: int | None = None,
-    ram_bytes: int | None = None,
+    budget: Budget = ALL,
     preset: str | None = None,
     settings: Mapping[str, str] | None = None,
     precision: str | None = None,
@@ -34,7 +33,7 @@ def prepare(
 
     Args:
         device: auto, cpu, cuda, cuda:N or a card of `framefit.cards`.
-        vram_bytes, ram_bytes: as in `Device.find`.
+        budget: most that the run may take of it.
         use_tuned: take settings that are not explicit from `framefit tune`, where it has been run.
     """
     checkpoint, settings = find(request.model), settings or {}
@@ -53,7 +52,7 @@ def prepare(
     plan = choose(
         request,
         checkpoint,
-        Device.find(device, vram_bytes=vram_bytes, ram_bytes=ram_bytes),
+        Device.find(device, budget),
         photo_size=sizes["image"],
         photos={name: photo.sha256(path) for name, path in paths.items()},
         preset=preset,

@@ -13,7 +13,7 @@ import torch
 
 from framefit import rates, smi
 from framefit.cli import main
-from framefit.device import Device
+from framefit.device import Budget, Device
 from framefit.errors import DoesNotFit
 from framefit.profiling import unseen
 from framefit.request import Request
@@ -92,7 +92,9 @@ def request_for(photo: Path) -> Request:
 
 def test_a_run_stays_within_its_limit(photo: Path, tmp_path: Path) -> None:
     pytest.importorskip("av")
-    report = generate(request_for(photo), tmp_path / "a.webp", Options(vram_bytes=GIB, checkpoints=tmp_path / "runs"))
+    report = generate(
+        request_for(photo), tmp_path / "a.webp", Options(budget=Budget(vram_bytes=GIB), checkpoints=tmp_path / "runs")
+    )
     assert (report.plan.device.origin, report.plan.device.budget_bytes) == ("emulated", GIB)
     assert 0 < torch.cuda.max_memory_reserved(CARD) <= GIB
 
@@ -105,7 +107,7 @@ def test_a_run_that_outgrows_its_limit_says_so(photo: Path, tmp_path: Path, monk
     # which would refuse it unseen
     monkeypatch.setattr("framefit.run.check_runs", lambda plan, checkpoint, tier: plan)
     asked = {"guidance": "apart", "offload": "none"}
-    options = Options(vram_bytes=limit, checkpoints=None, settings=asked)
+    options = Options(budget=Budget(vram_bytes=limit), checkpoints=None, settings=asked)
     with pytest.raises(DoesNotFit, match=r"GiB of --vram ran out in the phase .*leave out --set"):
         generate(request_for(photo), tmp_path / "a.mp4", options)
     assert not (tmp_path / "a.mp4").exists()
