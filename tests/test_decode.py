@@ -183,7 +183,7 @@ def narrowed(stages: Callable[..., list[Stage]], which: int) -> Callable[..., li
 
     def less(*given: Any) -> list[Stage]:
         made = stages(*given)
-        pixels = 4 if made[0].scale > made[-1].scale and made[which].scale > 1 else 1
+        pixels = min(4, made[which].halo) if made[0].scale > made[-1].scale and made[which].scale > 1 else 1
         made[which] = replace(made[which], halo=made[which].halo - pixels)
         return made
 
@@ -215,7 +215,7 @@ def test_an_encoder_with_less_of_a_halo_is_seen(
 
 
 @pytest.mark.parametrize("id", [WAN, WAN_5B])
-@pytest.mark.parametrize("which", [-2, -3, -4, 0])
+@pytest.mark.parametrize("which", [-2, -3])
 def test_a_layer_with_less_of_a_halo_is_seen(
     id: str, which: int, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,13 +226,12 @@ def test_a_layer_with_less_of_a_halo_is_seen(
 
 
 @pytest.mark.parametrize("id", [WAN, WAN_5B])
-@pytest.mark.parametrize("which", [-2, 0])
 def test_an_encoders_layer_with_less_of_a_halo_is_seen(
-    id: str, which: int, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
+    id: str, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, video = given(vaes[id], frames=2)
-    known, parts = vaes[id]["vae"].encode(video).latent_dist.mode(), divided(vaes[id], "ram:128")
-    monkeypatch.setattr(wan_vae, "_measured", narrowed(wan_vae._measured, which))
+    known, parts = vaes[id]["vae"].encode(video).latent_dist.mode(), divided(vaes[id], f"ram:{TILES[id][-1]}")
+    monkeypatch.setattr(wan_vae, "_measured", narrowed(wan_vae._measured, -2))
     assert (encoded(parts, video) - known).abs().max() > 1e-5 * known.abs().max()
 
 
@@ -242,10 +241,10 @@ def test_a_tile_with_the_memory_of_another_is_seen(vaes: dict[str, Parts]) -> No
 
     class Mixed(Shelf):
         def put(self, name: Any, tree: Any) -> None:
-            tiles.setdefault(name[2], name)
-            super().put(tiles[name[2]] if name[1] else name, tree)
+            before[name[0], name[2]], tree = list(tree), before.get((name[0], name[2]), tree) if name[1] else tree
+            super().put(name, tree)
 
-    tiles: dict[int, Any] = {}
+    before: dict[Any, Any] = {}
     parts.pieces = replace(parts.pieces, shelf=partial(Mixed, Transfer(torch.device("cpu"))))
     assert (ours(parts, latents) - frames).abs().max() > 1e-3 * frames.abs().max()
 
@@ -254,7 +253,9 @@ def test_a_shortcut_with_other_pixels_is_seen(vaes: dict[str, Parts], monkeypatc
     latents, _ = given(vaes[WAN_5B], frames=2)
     frames, parts = reference(vaes[WAN_5B], latents), divided(vaes[WAN_5B], "ram:128")
     added = wan_vae._added
-    monkeypatch.setattr(wan_vae, "_added", lambda shortcut, out, x, first: added(shortcut, out, x.roll(1, 4), first=first))
+    monkeypatch.setattr(
+        wan_vae, "_added", lambda shortcut, out, x, first: added(shortcut, out, x.roll(1, 4), first=first)
+    )
     assert (ours(parts, latents) - frames).abs().max() > 1e-3 * frames.abs().max()
 
 
@@ -463,6 +464,7 @@ def test_what_a_vae_cannot_is_refused(id: str, value: str, told: str) -> None:
 @pytest.mark.parametrize("px", [4, 152, 9999])
 def test_a_tile_that_divides_nothing_is_refused(px: int, vaes: dict[str, Parts]) -> None:
     for kind in ("tile", "ram"):
+        decode.remove(vaes[WAN])
         parts = divided(vaes[WAN], f"{kind}:{px}")
         told = rf"decode={kind}:{px} cannot divide frames of 152x88: use a tile of 8 to 151"
         with pytest.raises(UsageError, match=told):
@@ -536,7 +538,7 @@ def test_a_plan_says_what_lies_in_ram_and_what_moves(
     known = {phase.name.partition(":")[0]: phase.gives for phase in before}
     plan = plan_of(row, photo, size, precision="fp32", settings={"decode": "ram"})
     (said,) = dryrun.trace(plan, row, known)
-    assert said.peak_bytes < 0.8 * frame.peak_bytes
+    assert said.peak_bytes < (0.8 if id == EASYANIMATE else 0.95) * frame.peak_bytes  # Wan's takes two frames at once
     assert frame.shelf_bytes == frame.bytes["device_to_host"] == 0
     way = Transfer(torch.device("cpu"))
     parts = divided(vaes[id], "ram")
@@ -550,25 +552,25 @@ def test_a_plan_says_what_lies_in_ram_and_what_moves(
     assert longer.peak_bytes == pytest.approx(said.peak_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize(("id", "value"), [(WAN, "ram:96"), (WAN_5B, "ram"), (WAN_5B, "ram:160")])
-def test_a_few_groups_and_a_tile_stand_for_the_others(
-    id: str, value: str, photo: Path, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
+def test_few_groups_and_tiles_stand_for_the_others(
+    photo: Path, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what moves and lies in RAM is what does on the way of real tensors."""
-    row, vae = legal(tiny_row(id)), vaes[id]["vae"]
-    stride = vae.spatial_compression_ratio
-    plan = plan_of(row, photo, (18 * stride, 12 * stride, 21), precision="fp32", settings={"decode": value})
-    short = dryrun.trace(plan, row)
-    monkeypatch.setattr(dryrun, "_one_for_all", lambda tally, transfer, tiles: iter(tiles))
+    row, vae = legal(tiny_row(WAN_5B)), vaes[WAN_5B]["vae"]
+    plan = plan_of(row, photo, (288, 192, 17), precision="fp32", settings={"decode": "ram:128"})
+    stages = dryrun.trace(plan, row)
+    known = {"encode_text": stages[0].gives, "denoise": {}}
+    short = [phase for phase in stages if phase.name in ("encode_image", "decode")]
+    monkeypatch.setattr(dryrun, "_one_for_all", lambda tally, transfer, shelved, tiles: iter(tiles))
     monkeypatch.setattr(dryrun, "_few_for_all", lambda tally, transfer, count: range(count))
     monkeypatch.setattr(dryrun, "_steady", lambda *_: nullcontext())
-    for one, other in zip(short, dryrun.trace(plan, row), strict=True):
+    for one, other in zip(short, dryrun.trace(plan, row, known), strict=True):
         assert (one.flops, one.shelf_bytes, one.gives) == (other.flops, other.shelf_bytes, other.gives), one.name
         assert one.bytes == pytest.approx(other.bytes, rel=0.02), one.name
         assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=0.03), one.name
-    way, parts = Transfer(torch.device("cpu")), divided(vaes[id], value)
+    way, parts = Transfer(torch.device("cpu")), divided(vaes[WAN_5B], "ram:128")
     parts.pieces = replace(parts.pieces, shelf=partial(Shelf, way))
-    ours(parts, torch.randn(1, vae.config.z_dim, 6, 12, 18))
+    ours(parts, torch.randn(1, vae.config.z_dim, 5, 12, 18))
     said = short[-1]
     assert (said.bytes["host_to_device"], said.bytes["device_to_host"]) == (way.moved_bytes, way.returned_bytes)
     assert said.shelf_bytes == way.pieces_bytes
@@ -578,7 +580,7 @@ def test_a_tile_stands_for_the_others(photo: Path, monkeypatch: pytest.MonkeyPat
     row = legal(tiny_row(WAN))
     plan = plan_of(row, photo, (96, 64, 13), precision="fp32", settings={"decode": "tile:64"})
     short = dryrun.trace(plan, row)
-    monkeypatch.setattr(dryrun, "_one_for_all", lambda tally, transfer, tiles: iter(tiles))
+    monkeypatch.setattr(dryrun, "_one_for_all", lambda tally, transfer, shelved, tiles: iter(tiles))
     for one, other in zip(short, dryrun.trace(plan, row), strict=True):
         assert one.flops == other.flops, one.name
         assert one.bytes == pytest.approx(other.bytes, rel=0.02), one.name

@@ -62,8 +62,9 @@ class Pieces:
         if not self.tile_px:
             return []
         if not stride <= self.tile_px < stride * max(height, width):
+            value = f"{'ram' if self.shelf else 'tile'}:{self.tile_px}"
             raise UsageError(
-                f"decode={'ram' if self.shelf else 'tile'}:{self.tile_px} cannot divide frames of {width * stride}x{height * stride}: use a tile "
+                f"decode={value} cannot divide frames of {width * stride}x{height * stride}: use a tile "
                 f"of {stride} to {stride * max(height, width) - 1} pixels, or decode=frame for whole frames."
             )
         most = self.tile_px // stride

@@ -1,8 +1,9 @@
 """A video through a causal VAE group by group of frames, with what its layers remember in RAM while others compute.
 
-All frames of a group pass a layer, one by one, before the next layer begins: a memory travels once for every group, out
-while the next layer computes its first half of the frames, back while the one before does its second. Where pictures are
-largest, tiles of them pass these layers one after another, each with memories and halos of these layers alone.
+All frames of a group pass a layer, a few at a time, before the next layer begins: a memory travels once for every
+group, out while the next layer computes its first half of the frames, back while the one before does its second. Where
+pictures are largest, tiles of them go through the layers one after another, each with its own memories, and with the
+halo of these layers alone.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class _Group:
     following: Mapping[Place, Place]
     last: bool
 
-    def in_tiles(self, stretch: Stretch, number: int, frames: list[Frame], each: Callable[..., Iterable[Tile]]) -> list[Frame]:
+    def in_tiles(
+        self, stretch: Stretch, number: int, frames: list[Frame], each: Callable[..., Iterable[Tile]]
+    ) -> list[Frame]:
         def of(tile: Tile) -> list[Frame]:
             return self.along(stretch[tile], (number, tile), list(frames))
 
@@ -104,7 +107,8 @@ class _Group:
 
 
 def _length(frame: Frame) -> int:
-    return (frame[0] if isinstance(frame, tuple) else frame).shape[2]
+    length: int = (frame[0] if isinstance(frame, tuple) else frame).shape[2]
+    return length
 
 
 def _taken(frames: list[Frame], count: int) -> Frame:

@@ -102,10 +102,9 @@ def _down(encoder: Any) -> list[Stage]:
             groups.append([])
     rows: list[Row] = []
     for group in groups:
-        run, sampler = _chain(*map(_block, group)), _resamples(*group)
-        if not rows:
-            run, group = _chain(_convolution(encoder.conv_in), run), [encoder.conv_in, *group]
-        rows.append((Stage(run=run, takes=_takes(sampler)), tuple(group)))
+        first = [] if rows else [encoder.conv_in]
+        run = _chain(*map(_convolution, first), *map(_block, group))
+        rows.append((Stage(run=run, takes=_takes(_resamples(*group))), (*first, *group)))
     return _measured(rows, 1)
 
 
@@ -132,7 +131,7 @@ def _measured(rows: Sequence[Row], scale: int) -> list[Stage]:
 
 
 def _up_by_layer(decoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
-    """With tiles from where pictures are a quarter as high as frames are."""
+    """With tiles from where pictures, a quarter as high as they come out, grow."""
 
     def rows() -> list[Row]:
         made = [_remembering(_convolution, decoder.conv_in), *_middle(decoder.mid_block)]
@@ -144,12 +143,15 @@ def _up_by_layer(decoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
     if not tiles:
         return [{None: [stage for stage, _ in rows()]}]
     ups = [i for i, (_, layers) in enumerate(rows()) if _resamples(*layers)]
-    begin, scale = ups[-2:][0], 2**len(ups)
-    return [{None: [stage for stage, _ in rows()[:begin]]}, {tile: stages_of(tile, _measured(rows()[begin:], scale)) for tile in tiles}]
+    begin, scale = ups[-2:][0], _growth(decoder.up_blocks)
+    return [
+        {None: [stage for stage, _ in rows()[:begin]]},
+        {tile: stages_of(tile, _measured(rows()[begin:], scale)) for tile in tiles},
+    ]
 
 
 def _down_by_layer(encoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
-    """The encoder layer by layer; where a shortcut is around several, these together."""
+    """With tiles down to a quarter; layers that have a shortcut around them are one stage."""
 
     def rows() -> list[Row]:
         made = [_remembering(_convolution, encoder.conv_in)]
@@ -159,9 +161,11 @@ def _down_by_layer(encoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
     if not tiles:
         return [{None: [stage for stage, _ in rows()]}]
     downs = [i for i, (_, layers) in enumerate(rows()) if _resamples(*layers)]
-    end = downs[:2][-1] + 1
-    scale = 2 ** len(downs[2:])
-    return [{tile: stages_of(tile, _measured(rows()[:end], scale)) for tile in tiles}, {None: [stage for stage, _ in rows()[end:]]}]
+    end, scale = downs[:2][-1] + 1, 2 ** len(downs[2:])
+    return [
+        {tile: stages_of(tile, _measured(rows()[:end], scale)) for tile in tiles},
+        {None: [stage for stage, _ in rows()[end:]]},
+    ]
 
 
 def _middle(middle: Any) -> list[Row]:
@@ -179,8 +183,8 @@ def _remembering(build: Callable[..., Run], layer: Any, looks: nn.Module | None 
 
 def _around(rows: Sequence[Row], shortcut: DupUp3D) -> list[Row]:
     """With a shortcut from the input of the first to the output of the last, to which every frame brings its own."""
-    *before, (last, layer) = rows
-    (first, _), began = before[0], False
+    first, *between, last = [stage for stage, _ in rows]
+    began = False
 
     def begin(x: torch.Tensor) -> Frame:
         return first.run(x), x
@@ -193,14 +197,14 @@ def _around(rows: Sequence[Row], shortcut: DupUp3D) -> list[Row]:
         out, told, began = last.run(frame[0]), not began, True
         return _added(shortcut, out, frame[1], first=told)
 
-    runs = [begin, *(partial(go_on, stage.run) for stage, _ in before[1:]), end]
+    runs: list[Callable[[Frame], Frame]] = [begin, *(partial(go_on, stage.run) for stage in between), end]
     return [(replace(stage, run=run), layers) for run, (stage, layers) in zip(runs, rows, strict=True)]
 
 
 def _added(shortcut: DupUp3D, out: torch.Tensor, x: torch.Tensor, *, first: bool) -> torch.Tensor:
     """`out` and what `DupUp3D.forward` of diffusers 0.42 makes of x, pixel after pixel of those that one grows to."""
     times, size = shortcut.factor_t, shortcut.factor_s
-    parts = x.unflatten(1, (shortcut.out_channels, -1))
+    parts = x.view(x.shape[0], shortcut.out_channels, -1, *x.shape[2:])
     for place in range(shortcut.factor):
         frame, row, column = place // size**2, place // size % size, place % size
         begin = frame - (times - 1 if first else 0)
@@ -209,8 +213,10 @@ def _added(shortcut: DupUp3D, out: torch.Tensor, x: torch.Tensor, *, first: bool
     return out
 
 
-def _growth(blocks: nn.Module) -> int:
-    return 2 ** sum(isinstance(each, WanResample) for each in blocks.modules())
+def _growth(blocks: Iterable[nn.Module]) -> int:
+    """Pixels each way that one becomes."""
+    growth: int = 2 ** sum(_resamples(block) is not None for block in blocks)
+    return growth
 
 
 def _takes(sampler: WanResample | None) -> int:

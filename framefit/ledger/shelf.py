@@ -54,9 +54,9 @@ class Shelf:
         for index, leaf in enumerate(leaves):
             place.kept.append(None if isinstance(leaf, torch.Tensor) else leaf)
             if isinstance(leaf, torch.Tensor):
-                leaf = leaf if without_holes(leaf) else leaf.contiguous()
-                place.lying[index] = leaf.shape, leaf.stride(), leaf.dtype
-                self._send(leaf, place, index)
+                tensor = leaf if without_holes(leaf) else leaf.contiguous()
+                place.lying[index] = tensor.shape, tensor.stride(), tensor.dtype
+                self._send(tensor, place, index)
 
     def _send(self, tensor: torch.Tensor, place: _Place, index: int) -> None:
         piece = place.pieces.get((index, tensor.nbytes))

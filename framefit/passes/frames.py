@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.models.autoencoders.autoencoder_kl_magvit import (
-    EasyAnimateCausalConv3d, EasyAnimateResidualBlock3D, EasyAnimateUpsampler3D,
+    EasyAnimateCausalConv3d,
+    EasyAnimateResidualBlock3D,
+    EasyAnimateUpsampler3D,
 )
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
-    WanCausalConv3d, WanResample, WanResidualBlock, WanRMS_norm,
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+    WanRMS_norm,
 )
 from torch import nn
 from torch.nn import functional

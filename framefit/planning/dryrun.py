@@ -108,7 +108,9 @@ def followed(
             stack.enter_context(_steady(parts["vae"], live, tally))
         stack.enter_context(chunks.once(tally))
         parts.pieces = replace(
-            parts.pieces, each=partial(_one_for_all, tally, transfer), over=partial(_few_for_all, tally, transfer),
+            parts.pieces,
+            each=partial(_one_for_all, tally, transfer, bool(parts.pieces.shelf)),
+            over=partial(_few_for_all, tally, transfer),
             shelf=parts.pieces.shelf and partial(Shelf, transfer),
         )
         stack.enter_context(torch.no_grad())
@@ -260,7 +262,9 @@ class _AsOnCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._overloadpacket in CONVOLUTIONS and isinstance(result, FakeTensor) and result.ndim == 5:
             image, frames = args[0], torch.channels_last_3d
             if image.is_contiguous(memory_format=frames) and not image.is_contiguous():
-                return result.as_strided(result.shape, torch.empty_like(result, device="meta", memory_format=frames).stride())
+                return result.as_strided(
+                    result.shape, torch.empty_like(result, device="meta", memory_format=frames).stride()
+                )
         return result
 
 
@@ -389,10 +393,13 @@ def _units(vae: nn.Module) -> Iterator[nn.Module]:
         yield from (module for module in child.modules() if next(module.children(), None))
 
 
-def _one_for_all(tally: Tally, transfer: Transfer, tiles: Sequence[Tile]) -> Iterator[Tile]:
-    """Tiles are of one size: the first stands for all."""
-    with _standing(len(tiles), tally, transfer):
+def _one_for_all(tally: Tally, transfer: Transfer, shelved: bool, tiles: Sequence[Tile]) -> Iterator[Tile]:
+    """Tiles are of one size: the first stands for all; where memories come and go, the second does, which has those of
+    another before it."""
+    if shelved:
         yield tiles[0]
+    with _standing(len(tiles) - shelved, tally, transfer):
+        yield tiles[shelved]
 
 
 def _few_for_all(tally: Tally, transfer: Transfer, count: int) -> Iterator[int]:
@@ -427,7 +434,9 @@ class _Last:
 
 
 def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tally, *args: Any, **kwargs: Any) -> Any:
-    shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs, tally.times))]
+    shapes = [
+        (x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs, tally.times))
+    ]
     last.times = last.times + 1 if shapes == last.shapes else 1
     last.shapes = shapes
     counts = tally.counts

@@ -105,8 +105,8 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
         phase = max(plan.estimate.phases, key=lambda phase: phase.shelf_bytes)
         need, there = plan.needs(phase)["shelf"]
         raise DoesNotFit(
-            f"{plan.request.model} with decode={plan.setting(Decode).value} keeps {need / 2**30:.1f} GiB in RAM in its phase "
-            f"{phase.name} and {there / 2**30:.1f} GiB may be: {fits_with}another decode, or free some."
+            f"{plan.request.model} with decode={plan.setting(Decode).value} keeps {need / 2**30:.1f} GiB in RAM "
+            f"in its phase {phase.name} and {there / 2**30:.1f} GiB may be: {fits_with}another decode, or free some."
         )
     if plan.lacks("disk"):
         need, there = max(plan.needs(phase)["disk"] for phase in plan.estimate.phases)
