@@ -120,7 +120,7 @@ class Stage:
     halo: int = 0
     """Pixels of its input around a tile that the tile depends on, here and in the stages that follow."""
     takes: int = 1
-    """Frames that it needs at once; the first comes alone."""
+    """Frames that it needs at once, or most that it takes at once; the first comes alone."""
     memory: list[Any] = field(default_factory=list)
     """What its layers remember, while they do not compute: it may be put away in between."""
 

@@ -1,4 +1,4 @@
-"""Layers of causal VAEs over one frame at a time, whose memories are the frames themselves: nothing is copied.
+"""Layers of causal VAEs over one or two frames at a time, whose memories are the frames themselves: nothing is copied.
 
 Each hook restates the forward of a module of diffusers 0.42 over the module's own children.
 """

@@ -19,7 +19,8 @@ __all__ = ["CANDIDATES", "RUNG", "Candidates", "ladder", "places", "usual"]
 RUNG = 1.01
 """Least seconds of a phase over those with the value before: what lets the search stop. At true size the dry run tells
 0.984 (A14B, chunks of 16384 rows, whose modulation is the norm's own; an H200 took 1.013) to 2 (the 5B, tiles of 128
-px). With a bound below 0.984 most plans would cost two dry runs more, for at most 3 % of their seconds."""
+px), and 0.89 for Wan's VAEs with their memories in RAM, which no card has been asked yet. With a bound below 0.984
+most plans would cost two dry runs more, for at most 3 % of their seconds."""
 
 
 @dataclass(frozen=True, slots=True)
