@@ -2,9 +2,10 @@
 
 Frames leave the VAE as they are made, whatever the setting: that is how the families decode. With `frame` the layers
 behind the first see one frame at a time in place of the two or four that a latent frame grows to; their memories make
-that the same. With `ram` these memories are on the card for the few layers at work only, with `ram:PX` for one tile at a
-time where pictures are largest (`families/shelved.py`). With `tile` the time goes by inside of every tile. Tiles have
-the halo that the convolutions need, so that they equal the whole. Where norms are over a whole picture, as EasyAnimate's, none can.
+that the same. With `ram` these memories are on the card for the few layers at work only, with `ram:PX` for one tile at
+a time where pictures are largest (`families/shelved.py`). With `tile` the time goes by inside of every tile. Tiles have
+the halo that the convolutions need, so that they equal the whole. Where norms are over a whole picture, as
+EasyAnimate's, none can.
 
 Wan's convolutions pad their input by a copy of it. In pieces the convolution itself pads.
 """
