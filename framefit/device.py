@@ -23,7 +23,7 @@ from framefit.cards import CARDS
 from framefit.errors import DoesNotFit, UsageError
 from framefit.rates import Unseen
 
-__all__ = ["Budget", "Device", "expand_segments", "state_folder"]
+__all__ = ["EXPANDING_BYTES", "Budget", "Device", "expand_segments", "state_folder"]
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 GIB = 2**30

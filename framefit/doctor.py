@@ -83,6 +83,8 @@ def _rates(found: Rates) -> Iterator[Row]:
     yield "memory", f"{found.memory_gb_per_s:.4g} GB/s"
     if found.host_to_device_gb_per_s and found.device_to_host_gb_per_s:
         yield "host copies", f"to {found.host_to_device_gb_per_s:.3g}, from {found.device_to_host_gb_per_s:.3g} GB/s"
+        yield "pinned", f"{found.pinned_gb_per_s:.3g} GB/s"
+    yield "noise", f"{found.random_per_s / 1e6:.3g} million numbers a second"
     if found.unseen:
         yield from _unseen(found.unseen)
     else:

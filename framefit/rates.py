@@ -55,11 +55,24 @@ LAUNCH_S = 8e-6
 """Of one operator beside its work, where nobody measured. Of the same works: what the card stood idle."""
 
 
+RANDOM_PER_S = 1.5e8
+"""Normal numbers that a host draws, where nobody measured: EasyAnimate's encoding draws 38 and 152 million of them and
+was 0.23 and 1.2 s longer than what its card did, of which it is the most (benchmarks/fit_h200_20261121.json)."""
+
+PINNED_GB_PER_S = 10.0
+"""Host memory that is fetched and pinned, where nobody measured: 0.10 s a GiB beside an H200, with 16 cores (LOG)."""
+
+FIRST_S = 0.012
+"""Of a convolution whose shapes a process has not met, where nobody measured: cuDNN looks for its kernels. First steps
+of I2VGen-XL with 41 to 49 of them took 0.33 to 0.93 s more than the next (benchmarks/fit_h200_20261121.json)."""
+
+
 class Sort(NamedTuple):
     """Operators that one rate is for."""
 
     name: str
-    """"attention", "matmul", "convolution"; "plain": memory alone; "scattered", "row_norm", "group_norm"."""
+    """"attention", "matmul", "convolution"; "plain": memory alone; "scattered", "row_norm", "group_norm"; "random": by
+    the host."""
     precision: str
     """Empty where bytes tell it."""
     size: int
@@ -148,6 +161,12 @@ class Rates:
     """Sort -> precision ("" where there is none) -> size -> 1e12 FLOPs or elements a second, beside its bytes."""
     launch_s: float = LAUNCH_S
     """Of one operator, however little it does."""
+    random_per_s: float = RANDOM_PER_S
+    """Normal numbers that the host draws."""
+    pinned_gb_per_s: float = PINNED_GB_PER_S
+    """Host memory that is fetched and pinned."""
+    first_s: float = FIRST_S
+    """Of a convolution of new shapes, beside what it takes the next time; of a card."""
     origin: Literal["measured", "data sheet x share"] = "measured"
     unseen: Unseen | None = None
     """None on the CPU, and where only rates were measured; `of` fills that in."""
@@ -168,12 +187,15 @@ class Rates:
     def seconds_by_kind(self, work: Mapping[tuple[Sort, Quantity], int]) -> dict[str, float] | None:
         """How long `work` takes; None where there is no rate for a part of it.
 
-        What is computed, what is moved and what is launched add up; launches are the kind "elementwise".
+        What is computed, what is moved and what is launched add up; launches are the kind "elementwise". "host" is what
+        a card waits for.
         """
-        seconds = dict.fromkeys((*KINDS, "elementwise"), 0.0)
+        seconds = dict.fromkeys((*KINDS, "elementwise", "host"), 0.0)
         for (sort, quantity), count in work.items():
             kind = sort.name if sort.name in KINDS else "elementwise"
-            if quantity == "calls":
+            if sort.name == "random":
+                seconds["host"] += count / self.random_per_s if quantity == "amount" else 0.0
+            elif quantity == "calls":
                 seconds["elementwise"] += count * self.launch_s
             elif quantity == "bytes":
                 seconds[kind] += count / self.memory_gb_per_s / 1e9

@@ -24,6 +24,7 @@ from framefit.planning.moved import moved
 from framefit.planning.phase import PhaseTrace, Pieces
 from framefit.rates import Sort
 from framefit.request import Request
+from framefit.streaming import spread
 from framefit.testing import tiny_row
 
 GIB = 2**30
@@ -367,9 +368,26 @@ def test_seconds_grow_with_what_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -
     assert seconds["leaf"] > seconds["none"]  # type: ignore[operator]
     known = estimate.rates.of(plan.device)
     assert known
-    busy = {"matmul": 10.0, "attention": 10.0, "convolution": 0.0, "elementwise": 1.0}
-    assert estimate._beside(busy, 28 * 10**9, "block", known) < 21 * 1.01
-    assert estimate._beside(busy, 28 * 10**11, "block", known) > 28 * 10**11 / 60e9
+    few, many = 28 * 10**9, 28 * 10**11
+    assert estimate._beside(21.0, few, ((1.0, few),), "block", known) < 21 * 1.01
+    assert estimate._beside(21.0, many, ((1.0, many),), "block", known) > many / 60e9
+    # as much in all, but a large piece has to come while little is computed
+    uneven = estimate._beside(21.0, few, ((0.999, few // 10), (0.001, few - few // 10)), "block", known)
+    assert uneven > 21 + 0.9 * few / 60e9 - 0.03
+
+
+def test_blocks_that_stay_compute_while_the_next_one_comes() -> None:
+    shares = (0.1, 0.2, 0.3, 0.4)
+    pieces = Pieces(bytes=100, tables_bytes=0, blocks=(1, 2, 3, 4), layers=(10,), block_shares=shares)
+    trace = traces.PhaseTrace(
+        name="denoise:unet", weights_bytes={}, peak_bytes=0, held={}, flops={}, pieces={"unet": pieces},
+        bytes={"host_to_device": 0, "block": 10, "leaf": 0},
+    )  # fmt: skip
+    whole, some = (moved([trace], Offload(value=value))[0].streams for value in ("block", "block:2"))
+    assert whole == ((0.1, 2), (0.2, 3), (0.3, 4), (0.4, 1))
+    assert sum(share for share, _ in some) == pytest.approx(1.0)
+    assert len(some) == 2
+    assert {size for _, size in some} == {size for i, size in enumerate(pieces.blocks) if i not in spread(2, 4)}
 
 
 # saved plans

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from framefit.families import CHECKPOINTS, Checkpoint, wan
 from framefit.families.parts import Parts, load_parts
 from framefit.ledger.live import Live, block_bytes
 from framefit.passes import apply_all
+from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.planning import choose, dryrun, traces
 from framefit.planning.phase import Pieces
@@ -191,6 +193,48 @@ def test_a_storage_lives_until_nothing_refers_to_it() -> None:
     assert [held.operator for held in live.phases["one"].held] == ["add", "mul", "mul"]
     assert live.phases["two"].bytes == block + block_bytes(1200)
     assert live.phases["three"].bytes == block_bytes(other.nbytes)
+
+
+def test_a_slice_of_frames_is_copied_once_more_for_its_convolution() -> None:
+    video, weight = torch.randn(1, 4, 6, 8, 8), torch.randn(8, 4, 3, 3, 3)
+    frames = video[:, :, 1:4]
+    func, made = torch.ops.aten.convolution.default, torch.randn(1, 8, 1, 6, 6)
+    copies = frames.numel() * 4 + made.nbytes
+    assert dryrun._workspace(func, (frames.contiguous(), weight), made) == copies
+    assert dryrun._workspace(func, (frames.contiguous(memory_format=torch.channels_last_3d), weight), made) == copies
+    assert dryrun._workspace(func, (frames, weight), made) == copies + frames.numel() * 4
+    assert dryrun._workspace(torch.ops.aten.add.Tensor, (frames, frames), made) == 0
+
+
+@pytest.mark.parametrize("id", ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl"])
+def test_what_lies_between_two_steps_is_what_a_run_holds(id: str, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in a real run: storages as large as the latents, in fp32, while its fourth step is predicted."""
+    row = legal(tiny_row(id))
+    plan = plan_of(row, photo, (64, 48, 5) if "i2vgen" not in id else (64, 64, 5), precision="fp32")
+    request = replace(plan.request, steps=5, guidance=tuple(1.0 for _ in row.experts))
+    plan = replace(plan, request=request, device=Device.detect("cpu"))
+    pipeline = Pipeline(plan, random_parts(row, dtype=torch.float32, device=CPU))
+    state = pipeline.encode()
+    found: list[int] = []
+    before = {tensor.untyped_storage()._cdata for tensor in alike(state.latents)}
+    predict = pipeline.predict
+
+    def watched(expert: str, latents: torch.Tensor, *args: Any) -> torch.Tensor:
+        gc.collect()
+        there = {tensor.untyped_storage()._cdata for tensor in alike(latents)} - before
+        found.append(len(there - {latents.untyped_storage()._cdata, state.latents.untyped_storage()._cdata}))
+        return predict(expert, latents, *args)
+
+    monkeypatch.setattr(pipeline, "predict", watched)
+    pipeline.denoise(state)
+    assert found[3] == found[4] == dryrun._between_steps(pipeline.parts["scheduler"])[0]
+
+
+def alike(latents: torch.Tensor) -> list[torch.Tensor]:
+    return [
+        each for each in gc.get_objects()
+        if type(each) is torch.Tensor and each.shape == latents.shape and each.dtype == latents.dtype
+    ]  # fmt: skip
 
 
 # on disk

@@ -6,16 +6,22 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
 
+from framefit.device import Device
 from framefit.durations import duration
+from framefit.families import CHECKPOINTS
 from framefit.ledger.counts import Tally, count
+from framefit.planning import choose
+from framefit.planning.estimate import with_phases
 from framefit.planning.phase import PhaseTrace
 from framefit.profiling import sized
-from framefit.rates import Quantity, Rates, Sort
+from framefit.rates import Quantity, Rates, Sort, of
+from framefit.request import Request
 
 FLAT = Rates(
     device="flat", torch="", tflops={"matmul": {"fp32": 1.0}, "attention": {"fp32": 1.0}, "convolution": {"fp32": 1.0}},
@@ -85,7 +91,7 @@ def test_seconds_add_up() -> None:
         (Sort("matmul", "fp32", 0), "calls"): 10**6, (Sort("attention", "fp32", 64), "amount"): 10**12,
     }  # fmt: skip
     assert FLAT.seconds_by_kind(work) == pytest.approx(
-        {"matmul": 2.0 + 1.0, "attention": 1.0, "convolution": 0.0, "elementwise": 1.0}
+        {"matmul": 2.0 + 1.0, "attention": 1.0, "convolution": 0.0, "elementwise": 1.0, "host": 0.0}
     )
     assert FLAT.seconds_by_kind({(Sort("matmul", "bf16", 0), "amount"): 1}) is None
 
@@ -131,3 +137,68 @@ def test_the_probe_measures_every_sort(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_people_read_hours_and_minutes(seconds: float, told: str) -> None:
     assert duration(seconds) == told
+
+
+# what a card waits for, and what it takes
+
+
+def test_noise_takes_the_host_time_and_no_memory_of_the_card() -> None:
+    generator = torch.Generator().manual_seed(0)
+    work = counted(lambda: torch.randn(4, 1000, generator=generator))
+    assert work[Sort("random", "", 0), "amount"] == 4000
+    assert not any(n for (_, quantity), n in work.items() if quantity == "bytes")
+    told = replace(FLAT, random_per_s=1000.0).seconds_by_kind(work)
+    assert told
+    assert told["host"] == pytest.approx(4.0)
+    assert sum(told.values()) == pytest.approx(4.0)
+
+
+def test_a_mask_with_rows_in_pieces_is_for_no_fused_kernel_of_a_card() -> None:
+    q = torch.randn(1, 4, 16, 8)
+    whole = torch.randn(1, 4, 16, 16)
+    pieces = torch.randn(16, 16, 4).permute(2, 0, 1).unsqueeze(0)  # a position bias: its heads are the last axis
+
+    def sorts(mask: torch.Tensor, *, card: bool) -> set[str]:
+        work = counted(lambda: functional.scaled_dot_product_attention(q, q, q, attn_mask=mask), card=card)
+        return {sort.name for sort, _ in work}
+
+    assert "attention" in sorts(whole, card=True)
+    assert "attention" not in sorts(pieces, card=True)
+    assert "matmul" in sorts(pieces, card=True)
+    assert "attention" in sorts(pieces, card=False)
+
+
+def test_shapes_of_convolutions_are_told_apart_and_met_once() -> None:
+    def shapes(*videos: torch.Tensor) -> set[int]:
+        tally = Tally(card=True)
+        for video in videos:
+            count(lambda video=video: functional.conv3d(video, VIDEO.new_ones(8, 16, 3, 3, 3)), tally)  # type: ignore[misc]
+        return tally.counts.shapes
+
+    assert len(shapes(VIDEO, VIDEO + 1)) == 1
+    assert len(shapes(VIDEO, VIDEO[..., :5], VIDEO.to(memory_format=torch.channels_last_3d))) == 3
+
+
+def test_what_a_process_has_met_is_not_looked_for_again(photo: Path) -> None:
+    row = CHECKPOINTS["i2vgen-xl"]
+    request = Request(image=photo, prompt="x", model=row.id, width=512, height=512, seed=1)
+    plan = choose(request, row, Device.named("h100-80gb"), photo_size=(120, 80))
+    ways = {"elementwise": 0, "host_to_device": 0, "device_to_host": 0}
+    blank = PhaseTrace(name="", weights_bytes={}, peak_bytes=0, held={}, flops={}, bytes=ways)
+    traces = [replace(blank, name="encode_image", shapes=(1, 2)), replace(blank, name="decode", shapes=(2, 3))]
+
+    def seconds(met: tuple[int, ...] = (), shelf_bytes: int = 0) -> list[float | None]:
+        given = [replace(trace, shelf_bytes=shelf_bytes) for trace in traces]
+        return [phase.seconds for phase in with_phases(plan, row, given, met).estimate.phases[1:]]
+
+    known = of(plan.device)
+    assert known
+    assert seconds() == pytest.approx([2 * known.first_s, known.first_s])
+    assert seconds((1, 3)) == pytest.approx([known.first_s, 0])
+    pinned = 10**9 / known.pinned_gb_per_s / 1e9
+    assert seconds((1, 2, 3), 10**9) == pytest.approx([pinned, pinned])
+
+
+def test_a_probe_tells_what_the_host_does_a_second() -> None:
+    assert 1e6 < sized.random_per_s() < 1e10
+    assert 0 <= sized.first_s("cpu") < 1

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from framefit.ledger.kinds import Kind, op_kind
-from framefit.ledger.operators import Share, occupied, precision_of, row_norm, shares, traffic
+from framefit.ledger.operators import Share, occupied, precision_of, row_norm, shape_of, shares, traffic
 from framefit.rates import Quantity, Sort
 
 __all__ = ["Counts", "Tally", "count"]
@@ -47,9 +48,11 @@ class Counts:
     """"elementwise": read and written; "host_to_device", "device_to_host": moved."""
     work: Counter[tuple[Sort, Quantity]] = field(default_factory=Counter)
     """What seconds depend on: of every sort of operator its calls, amount and bytes."""
+    shapes: set[int] = field(default_factory=set)
+    """Of convolutions, each of which a process has to meet once; of all that came before, too."""
 
     def copy(self) -> Counts:
-        return Counts(self.flops.copy(), self.bytes.copy(), self.work.copy())
+        return Counts(self.flops.copy(), self.bytes.copy(), self.work.copy(), self.shapes)
 
     def add(self, other: Counts) -> None:
         self.flops.update(other.flops)
@@ -118,6 +121,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula := FORMULAS.get(func._overloadpacket):
             flops = formula(*args, **kwargs, out_val=result)
             counts.flops[kind, precision_of(args)] += self.times * flops
+            if kind == "convolution":
+                counts.shapes.add(shape_of(args))
         elif (way := _direction(func, args, result)) is not None:
             counts.bytes[way] += self.times * occupied(args[1] if func._schema.name == "aten::copy_" else result)
             return result
@@ -150,9 +155,11 @@ class _Marks(TorchFunctionMode):
         if tally.card and func in NORMS:
             return self._whole(func, args, kwargs or {})
         inside = func is torch.nn.functional.scaled_dot_product_attention
+        by_parts = inside and tally.card and _by_parts(*args, **(kwargs or {}))
         tally.in_attention += inside
         try:
-            return func(*args, **(kwargs or {}))
+            with sdpa_kernel(SDPBackend.MATH) if by_parts else nullcontext():
+                return func(*args, **(kwargs or {}))
         finally:
             tally.in_attention -= inside
 
@@ -167,6 +174,13 @@ class _Marks(TorchFunctionMode):
         tally.counts.bytes["elementwise"] += times * (x.nbytes + result.nbytes)
         tally.book(row_norm(x, x.nbytes + result.nbytes))
         return result
+
+
+def _by_parts(query: Any, key: Any, value: Any, attn_mask: torch.Tensor | None = None, *_: Any, **__: Any) -> bool:
+    """Whether no fused kernel of a card takes it: all want rows of the mask whole in memory, as a position bias is not
+    whose heads were its last axis (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, stride(-1) == 1). By parts it
+    is computed in fp32, scores and all."""
+    return attn_mask is not None and attn_mask.shape[-1] > 1 and attn_mask.stride(-1) != 1
 
 
 def _composite(func: Any) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from math import prod
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from framefit.ledger.kinds import op_kind
 from framefit.rates import Sort
 
-__all__ = ["Share", "occupied", "precision_of", "row_norm", "shares", "traffic"]
+__all__ = ["Share", "gapless", "occupied", "precision_of", "row_norm", "shape_of", "shares", "traffic"]
 
 Share = tuple[Sort, int, int]
 """A sort; its amount in FLOPs or elements; bytes read and written."""
@@ -32,6 +33,8 @@ WIDEST, MOST_GROUPS = 1024, 1024
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 FILLS = {"aten::copy_", "aten::fill_", "aten::zero_"}
 """They write their first argument and do not read it."""
+RANDOM = {"aten::randn", "aten::normal_"}
+"""Noise is drawn by the host, so that a seed gives one video on every device."""
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -44,6 +47,9 @@ def shares(func: Any, args: Any, kwargs: Any, result: Any, flops: int) -> Iterat
     bytes = traffic(func, args, kwargs, result)
     if not bytes:
         return
+    if func._schema.name in RANDOM:
+        yield Sort("random", "", 0), result.numel(), 0
+        return
     if not flops:
         yield from _elementwise(func, args, kwargs, result, bytes)
         return
@@ -54,6 +60,13 @@ def shares(func: Any, args: Any, kwargs: Any, result: Any, flops: int) -> Iterat
         yield from _convolution(args, result, precision, flops, bytes)
     else:
         yield Sort("matmul", precision, 0), flops, bytes
+
+
+def shape_of(args: Any) -> int:
+    """Of a convolution: equal for those that run the same kernels."""
+    image, weight, _, *how = args
+    lies = image.shape, image.dtype, _channels_last(image), weight.shape, [str(each) for each in how]
+    return crc32(repr(lies).encode())
 
 
 def row_norm(x: torch.Tensor, bytes: int) -> Iterator[Share]:
@@ -95,8 +108,7 @@ def _convolution(args: Any, result: Any, precision: str, flops: int, bytes: int)
     is made is biased after."""
     image, weight = args[0], args[1]
     sort = Sort("convolution", precision, min(TILE, _up(min(weight.shape[:2]), CHANNELS)))
-    layout = LAYOUTS.get(image.ndim)
-    if layout and image.is_contiguous(memory_format=layout):
+    if _channels_last(image):
         yield sort, flops, bytes + 2 * occupied(weight) + 2 * occupied(result)
         yield Sort("scattered", "", 0), weight.numel(), 0
         return
@@ -107,6 +119,16 @@ def _convolution(args: Any, result: Any, precision: str, flops: int, bytes: int)
         Sort("scattered", "", 0), copied + weight.numel() + result.numel(),
         0 if image.is_contiguous() else 2 * occupied(image),
     )  # fmt: skip
+
+
+def gapless(image: torch.Tensor) -> bool:
+    """Whether a convolution takes it as it lies in memory."""
+    return image.is_contiguous() or _channels_last(image)
+
+
+def _channels_last(image: torch.Tensor) -> bool:
+    layout = LAYOUTS.get(image.ndim)
+    return layout is not None and image.is_contiguous(memory_format=layout)
 
 
 def _elementwise(func: Any, args: Any, kwargs: Any, result: Any, bytes: int) -> Iterator[Share]:

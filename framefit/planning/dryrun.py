@@ -30,6 +30,7 @@ from framefit.families.parts import weights as weights_of
 from framefit.families.pieces import Tile
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak
+from framefit.ledger.operators import gapless
 from framefit.ledger.shelf import Shelf
 from framefit.ledger.transfer import Transfer, transfer_for
 from framefit.passes import apply_all
@@ -39,7 +40,9 @@ from framefit.plan import Offload, Plan
 from framefit.planning import chunks
 from framefit.planning.phase import Given, PhaseTrace
 from framefit.planning.placed import Cut, Placed, cut, kept, placed, watch
+from framefit.planning.spent import Spent
 from framefit.planning.traces import STAGES
+from framefit.schedule import Schedule
 from framefit.testing import random_parts
 
 __all__ = ["followed", "trace"]
@@ -49,6 +52,8 @@ FEW = 3
 """Equal blocks up to which all of them are traced."""
 LARGEST = 8
 """Storages at the peak that are named."""
+STEPS = 3
+"""After which a scheduler remembers as much as it ever will."""
 LATENTS = "latents"
 """Beside the conditioning that encoding the photo gives."""
 
@@ -94,15 +99,16 @@ def followed(
     cuts, known = cuts or {}, known or {}
     modules = {module: name for name, part in parts.components.items() for module, name in _named(name, part)}
     at_work: list[str] = []
-    workspace = _cudnn if plan.device.id != "cpu" else lambda *_: 0
+    workspace = _workspace if plan.device.id != "cpu" else lambda *_: 0
     live = Live(_tensors(parts), lambda: at_work[-1] if at_work else "", workspace)
     tally = Tally(card=plan.device.id != "cpu")
     transfer = transfer_for(parts.device, _tensors(parts))
     way = _Way(parts, plan, live, tally, known, transfer)
     moving = {module: sizes for each in cuts.values() for module, sizes in each.modules.items()}
+    spent = Spent(tally)
     with ExitStack() as stack:
         stack.enter_context(_fakeness(parts))
-        stack.enter_context(_following(modules, standing, moving, at_work, tally))
+        stack.enter_context(_following(modules, standing, moving, at_work, tally, spent))
         watch(parts, lambda bytes: tally.move("host_to_device", bytes))
         if "vae" in parts:
             stack.enter_context(_steady(parts["vae"], live, tally))
@@ -118,10 +124,12 @@ def followed(
         stack.enter_context(_AsOnCard() if tally.card else nullcontext())  # type: ignore[no-untyped-call]
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
         count(way.go, tally)
+        spent.end("block", "leaf")
     return tuple(
         replace(
             _phase(name, placed(parts, weights, standing, way.used[name]), peak, tally.phases.get(name, Counts())),
-            pieces={part: cuts[part].pieces for part in way.used[name] if part in cuts}, gives=way.gave.get(name, {}),
+            pieces={part: cuts[part].shared(spent.seconds) for part in way.used[name] if part in cuts},
+            gives=way.gave.get(name, {}),
             shelf_bytes=way.shelved.get(name, 0),
         )
         for name, peak in live.phases.items()
@@ -185,6 +193,8 @@ class _Way:
         conditioning |= self._given("encode_image", IMAGE_ENCODERS, self._image)
         latents = conditioning.pop(LATENTS)
         conditioning = {name: tensor.contiguous() for name, tensor in conditioning.items()}
+        between, remembered = _between_steps(parts["scheduler"])
+        held = [torch.empty_like(latents) for _ in range(between)]
         experts = zip(parts.checkpoint.experts, request.guidance, strict=True)
         for expert, scale in experts if "denoise" not in self.known else ():
 
@@ -197,10 +207,25 @@ class _Way:
             equal = partial(_as_before, window, _Last(), self.live, self.tally)
             with self._phase(f"denoise:{expert}", expert):
                 fused(parts, equal, latents, conditioning, lambda prediction, frames: prediction)
+        del held[remembered:]
         if "decode" not in self.known:
             with self._phase("decode", "vae"):
                 for chunk in family.decode(parts, family.settle(latents, conditioning)):
                     del chunk
+
+
+def _between_steps(scheduler: Any) -> tuple[int, int]:
+    """Tensors like the latents that lie on the device while a step is predicted, once a few were taken: the last step's
+    input and prediction, and what the scheduler remembers; and of these what it remembers, until the end of the run."""
+    with _disable_current_modes():
+        schedule = Schedule(type(scheduler).from_config(scheduler.config), STEPS, torch.device("cpu"))
+        latents = torch.ones(1, 1, 1, 1, 1)
+        for t in schedule.timesteps:
+            noisy, prediction = latents, torch.ones_like(latents)
+            latents = schedule.step(prediction, t, noisy)
+        state = [leaf for leaf in tree_leaves(schedule.state()) if isinstance(leaf, torch.Tensor)]
+    alike = {id(tensor) for tensor in state if tensor.shape == latents.shape} - {id(latents)}
+    return len(alike | {id(noisy), id(prediction)}), len(alike)
 
 
 def _twins(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
@@ -246,12 +271,17 @@ def _models(stage: str, checkpoint: Checkpoint) -> tuple[str, ...]:
     return asked[stage]
 
 
-def _cudnn(func: Any, args: Any, result: Any) -> int:
-    """cuDNN's fast kernels are channels-last: of channels-first input and output it makes copies.
+def _workspace(func: Any, args: Any, result: Any) -> int:
+    """Bytes that an operator takes on a card beside its tensors.
 
-    Within 2 % of what encoders and decoders took beyond their tensors on an H200 (LOG, dry run).
+    cuDNN's fast kernels are channels-last: of channels-first input and output it makes copies, within 2 % of what
+    encoders and decoders took beyond their tensors on an H200 (LOG, dry run). Torch has copied an input with gaps
+    before, as a slice of frames is (aten/src/ATen/native/Convolution.cpp, `input.contiguous`). A softmax that is safe
+    where a row has no key asks every score whether it is one (native/transformers/attention.cpp).
     """
-    return int(args[0].nbytes + result.nbytes) if func._overloadpacket in CONVOLUTIONS else 0
+    if func._overloadpacket in CONVOLUTIONS:
+        return int(args[0].nbytes * (1 if gapless(args[0]) else 2) + result.nbytes)
+    return int(result.numel()) if func._overloadpacket is torch.ops.aten._safe_softmax else 0
 
 
 class _AsOnCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -344,6 +374,7 @@ def _following(
     moving: Mapping[nn.Module, Mapping[str, int]],
     at_work: list[str],
     tally: Tally,
+    spent: Spent,
 ) -> Iterator[None]:
     """Keep `at_work` the path of the module that computes; count what stands for several, and what would move."""
 
@@ -352,10 +383,13 @@ def _following(
         tally.times *= standing.get(module, 1)
         for level, size in moving.get(module, {}).items():
             tally.move(level, size)
+            spent.begin(level, module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         at_work.pop()
         tally.times //= standing.get(module, 1)
+        if "." not in modules.get(module, "."):  # a whole component
+            spent.end("block", "leaf")
 
     handles = (
         nn.modules.module.register_module_forward_pre_hook(enter),
@@ -475,4 +509,5 @@ def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace
         name=name, weights_bytes=weights.device_bytes, host_bytes=weights.host_bytes, onload_bytes=weights.onload_bytes,
         pinned_bytes=weights.pinned_bytes, disk_bytes=weights.disk_bytes, peak_bytes=peak.bytes, held=dict(held),
         flops=flops, bytes={way: counts.bytes[way] for way in ways}, work=dict(counts.work),
+        shapes=tuple(sorted(counts.shapes)),
     )  # fmt: skip

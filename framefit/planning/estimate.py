@@ -1,7 +1,9 @@
 """What a plan will need, phase by phase: the dry run's bytes and operations, put to a device's memory and rates.
 
     reserved = weights + activations and workspaces at their peak x what the allocator keeps beside + cuBLAS's
-    seconds  = operations over measured rates, bytes over bandwidth, kind by kind; copies that no computation hides
+               in whole pages, and the one that is taken off a limit (`Device.capped`)
+    seconds  = operations over measured rates, bytes over bandwidth, kind by kind; copies that no computation hides;
+               what the host draws and pins; kernels that are looked for at their first use
 
 No torch is needed where the plan was traced before.
 """
@@ -10,12 +12,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, repeat
 
 from framefit import rates
-from framefit.device import state_folder
+from framefit.device import EXPANDING_BYTES, state_folder
 from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
 from framefit.plan import Decode, Estimate, PhaseEstimate, Plan
@@ -31,9 +33,9 @@ __all__ = ["check_fits", "estimated", "steps_of", "with_phases"]
 DISK_GB_PER_S = 2.0
 """That a disk gives, where files are not in the system's cache any more. Assumed: an SSD on four lanes of PCIe 3."""
 KEPT = {"denoiser": 1.05, "vae": 1.12}
-"""Bytes that torch's allocator reserves for one allocated, each at its peak, where its segments may grow. Of runs
-at true size on an H200 (torch 2.11): denoisers 1.03 to 1.05, VAEs 1.05 to 1.25. Under a limit it gives back what it
-can."""
+"""Bytes that torch's allocator has to reserve for one allocated, each at its peak, where its segments may grow and a
+limit makes it give back what it can: what a run needs. Where nothing makes it, it reserves more: at true size on an
+H200 (torch 2.11) denoisers 1.03 to 1.6 of what is not weights, VAEs 1.02 to 1.34."""
 NAMED = 8
 """What is largest at a peak."""
 
@@ -60,15 +62,18 @@ def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
     return with_phases(plan, checkpoint, traces)
 
 
-def with_phases(plan: Plan, checkpoint: Checkpoint, traces: Sequence[PhaseTrace]) -> Plan:
-    """`plan` with the estimate that follows from `traces`."""
+def with_phases(
+    plan: Plan, checkpoint: Checkpoint, traces: Sequence[PhaseTrace], met: Collection[int] = frozenset()
+) -> Plan:
+    """`plan` with the estimate that follows from `traces`, in a process that has `met` some shapes of convolutions."""
     known = rates.of(plan.device)
     sizes = component_bytes(checkpoint, plan.precision)
     kept = dict(sizes)
     pieces = {name: each for trace in traces for name, each in trace.pieces.items()}
     if plan.quantize != "none":
         kept |= {name: each.bytes for name, each in pieces.items()}
-    phases = tuple(_phase(trace, plan, checkpoint, known) for trace in traces)
+    new = _first_met(traces, met)
+    phases = tuple(_phase(trace, plan, checkpoint, known, new[trace.name]) for trace in traces)
     return replace(
         plan, estimate=Estimate(
             weights_bytes=sum(kept.values()), free_bytes=plan.estimate.free_bytes,
@@ -146,15 +151,25 @@ def steps_of(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[str, int]
     return dict(zip(checkpoint.experts, (high, request.steps - high), strict=True))
 
 
-def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates | None) -> PhaseEstimate:
+def _first_met(traces: Sequence[PhaseTrace], met: Collection[int]) -> dict[str, int]:
+    """Phase -> how many shapes of convolutions it has that none before it had."""
+    seen, new = set(met), {}
+    for trace in traces:
+        new[trace.name] = len(seen.union(trace.shapes)) - len(seen)
+        seen.update(trace.shapes)
+    return new
+
+
+def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates | None, new: int) -> PhaseEstimate:
     weights = sum(trace.weights_bytes.values())
     request, on_card = plan.request, plan.device.id != "cpu"
     video = request.width * request.height * request.num_frames * 3 if trace.name == "decode" else 0
     held = {f"weights of the {name}": size for name, size in trace.weights_bytes.items()} | dict(trace.held)
+    pages = -(-(weights + _reserved(trace, known)) // EXPANDING_BYTES) + 1
     return PhaseEstimate(
         name=trace.name,
-        seconds=_seconds(trace, plan, checkpoint, known),
-        peak_vram_bytes=weights + _reserved(trace, known) if on_card else 0,
+        seconds=_seconds(trace, plan, checkpoint, known, new),
+        peak_vram_bytes=pages * EXPANDING_BYTES if on_card else 0,
         host_bytes=trace.host_bytes + trace.shelf_bytes + video + (0 if on_card else weights + trace.peak_bytes),
         pinned_bytes=trace.pinned_bytes + trace.shelf_bytes if on_card else 0,
         shelf_bytes=trace.shelf_bytes if on_card else 0,
@@ -170,8 +185,9 @@ def _reserved(trace: PhaseTrace, known: Rates | None) -> int:
     return math.ceil(kept * trace.peak_bytes) + cublas_bytes
 
 
-def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates | None) -> float | None:
-    """In the whole run: what comes when the phase begins, then all its steps."""
+def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates | None, new: int) -> float | None:
+    """In the whole run: what comes when the phase begins, then all its steps. Of its convolutions' shapes, `new` have
+    not been met."""
     if known is None:
         return None
     work = known.seconds_by_kind(trace.work)
@@ -180,20 +196,22 @@ def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates
     times = steps_of(plan.request, checkpoint).get(trace.name.removeprefix("denoise:"), 1)
     # what lies in RAM goes there and comes from there, both ways at once, wherever weights are
     moved = max(trace.bytes["host_to_device"], trace.bytes["device_to_host"] if trace.shelf_bytes else 0)
-    step = _beside(work, moved, "none" if trace.shelf_bytes else plan.offload, known)
+    step = _beside(sum(work.values()), moved, trace.streams or ((1.0, moved),), plan.offload, known)
     begin = _copied(trace.onload_bytes, plan.offload, known)
+    if plan.device.id != "cpu":
+        begin += new * known.first_s + trace.shelf_bytes / known.pinned_gb_per_s / 1e9
     return begin + times * step
 
 
-def _beside(work: Mapping[str, float], bytes: int, offload: str, known: Rates) -> float:
-    """Seconds of a step whose weights come while it computes.
+def _beside(work_s: float, bytes: int, streams: Sequence[tuple[float, int]], offload: str, known: Rates) -> float:
+    """Seconds of a step of `work_s` while `bytes` come, as often as it takes through all of `streams`.
 
-    A block comes while the one before it computes. A layer comes while the layer before it does, and most layers are
-    products: attention hides the copy of one only. What is copied takes its share of the card's memory, too.
+    A piece comes while the one before it computes: it is waited for where that takes less long. What is copied takes
+    its share of the card's memory, too.
     """
-    copy = _copied(bytes, offload, known)
-    hides = work["matmul"] + work["convolution"] if offload == "leaf" else sum(work.values())
-    return sum(work.values()) - hides + max(hides, copy) + bytes / known.memory_gb_per_s / 1e9
+    often = bytes / (sum(size for _, size in streams) or 1)
+    waits = (often * _copied(size, offload, known) - share * work_s for share, size in streams)
+    return work_s + sum(max(0.0, wait) for wait in waits) + bytes / known.memory_gb_per_s / 1e9
 
 
 def _copied(bytes: int, offload: str, known: Rates) -> float:

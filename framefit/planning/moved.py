@@ -6,7 +6,7 @@ every number of blocks that stay. Tests hold it to a trace of the offload pass i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from framefit.plan import Offload
@@ -52,6 +52,8 @@ class _Split:
     rooms_bytes: int
     streams: float
     """Share of what a level moves that moves where some blocks stay."""
+    order: tuple[tuple[float, int], ...] = ()
+    """As `PhaseTrace.streams`."""
 
 
 def _moved(trace: PhaseTrace, levels: Mapping[str, str], kept: int) -> PhaseTrace:
@@ -62,6 +64,7 @@ def _moved(trace: PhaseTrace, levels: Mapping[str, str], kept: int) -> PhaseTrac
         trace, weights_bytes={name: split.whole_bytes + split.rooms_bytes for name, split in splits.items()},
         onload_bytes=sum(split.whole_bytes for split in splits.values()),
         bytes={**trace.bytes, "host_to_device": trace.bytes["host_to_device"] + copied},
+        streams=max((split.order for split in splits.values()), key=len, default=()),
     )  # fmt: skip
 
 
@@ -72,7 +75,20 @@ def _split(pieces: Pieces, level: str, kept: int) -> _Split:
     stay = spread(kept, len(units))
     stream = [size for i, size in enumerate(units) if i not in stay]
     whole = pieces.bytes - pieces.tables_bytes - sum(stream)
-    return _Split(whole, min(ROOMS, len(stream)) * max(stream, default=0), sum(stream) / max(1, sum(units)))
+    order = _order(units, pieces.block_shares if level == "block" else pieces.layer_shares, stay)
+    return _Split(whole, min(ROOMS, len(stream)) * max(stream, default=0), sum(stream) / max(1, sum(units)), order)
+
+
+def _order(units: Sequence[int], shares: Sequence[float], stay: Collection[int]) -> tuple[tuple[float, int], ...]:
+    """What streams, one after another and round again: the next one comes while blocks that stay compute."""
+    moving = [i for i in range(len(units)) if i not in stay]
+    if not shares or not moving:
+        return ()
+    ends = [*moving[1:], moving[0] + len(units)]
+    return tuple(
+        (sum(shares[j % len(units)] for j in range(begin, end)), units[end % len(units)])
+        for begin, end in zip(moving, ends, strict=True)
+    )
 
 
 def together(pieces: Pieces) -> int:

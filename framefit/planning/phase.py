@@ -10,6 +10,8 @@ from framefit.rates import Quantity, Sort
 
 __all__ = ["Given", "PhaseTrace", "Pieces"]
 
+ROWS = ("blocks", "layers", "block_shares", "layer_shares")
+"""Of `Pieces`, a figure for each."""
 Given = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> (precision as torch calls it, shape): tensors that one phase gives to another."""
 
@@ -25,6 +27,10 @@ class Pieces:
     blocks: tuple[int, ...]
     """Of every block, in the model's order; empty: it comes as a whole always."""
     layers: tuple[int, ...]
+    """Of every layer, likewise."""
+    block_shares: tuple[float, ...] = ()
+    """Of the seconds in which the component computes, those from when a block is called until the next one is."""
+    layer_shares: tuple[float, ...] = ()
     """Of every layer, likewise."""
 
 
@@ -56,6 +62,11 @@ class PhaseTrace:
     the device if weights streamed like that."""
     work: Mapping[tuple[Sort, Quantity], int] = field(default_factory=dict)
     """What seconds depend on: of every sort of operator its calls, amount and bytes."""
+    shapes: tuple[int, ...] = ()
+    """Of its convolutions, as the ledger numbers them: kernels are looked for once for each in a process."""
+    streams: tuple[tuple[float, int], ...] = ()
+    """Piece after piece of what streams: the share of a step's seconds that goes by until the next one is called, and
+    the bytes of that next one; empty where nothing is known of them."""
     pieces: Mapping[str, Pieces] = field(default_factory=dict)
     """Of the components that the phase needs; empty where they were traced in another place than on the device."""
     gives: Given = field(default_factory=dict)
@@ -72,8 +83,9 @@ class PhaseTrace:
         flops = {(kind, precision): n for kind, precision, n in data["flops"]}
         work = {(Sort(*sort), quantity): n for *sort, quantity, n in data["work"]}
         pieces = {
-            name: Pieces(**each | {row: tuple(each[row]) for row in ("blocks", "layers")})
-            for name, each in data["pieces"].items()
+            name: Pieces(**each | {row: tuple(each[row]) for row in ROWS}) for name, each in data["pieces"].items()
         }
         gives = {name: (of, tuple(shape)) for name, (of, shape) in data["gives"].items()}
-        return cls(**{**data, "flops": flops, "work": work, "pieces": pieces, "gives": gives})
+        shapes, streams = tuple(data["shapes"]), tuple((share, size) for share, size in data["streams"])
+        rest = {"flops": flops, "work": work, "shapes": shapes, "streams": streams, "pieces": pieces, "gives": gives}
+        return cls(**{**data, **rest})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -39,6 +39,18 @@ class Cut:
     pieces: Pieces
     modules: dict[nn.Module, dict[str, int]] = field(default_factory=dict)
     """What streams -> level -> its bytes."""
+    times: Mapping[nn.Module, int] = field(default_factory=dict)
+    """For how many modules each stands."""
+
+    def shared(self, seconds: Mapping[str, Mapping[nn.Module, float]]) -> Pieces:
+        """Its pieces, with what was computed from the call of each to that of the next: level -> module -> seconds."""
+        shares = {}
+        for level in ("block", "leaf"):
+            own = {module: seconds[level].get(module, 0.0) for module, of in self.modules.items() if level in of}
+            whole = sum(own.values())
+            each = [own[m] / self.times[m] for m in own for _ in range(self.times[m])]
+            shares[level] = tuple(round(share / whole, 6) for share in each) if whole else ()
+        return replace(self.pieces, block_shares=shares["block"], layer_shares=shares["leaf"])
 
 
 def cut(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module, int]) -> dict[str, Cut]:
@@ -61,7 +73,7 @@ def _cut(model: nn.Module, bytes: int, streams: bool, standing: Mapping[nn.Modul
             modules.setdefault(module, {})[level] = size
         units[level] = tuple(size for module, size in sizes.items() for _ in range(times[module]))
         tables = sum(block_bytes(table.nbytes) for table in split.table_weights)
-    return Cut(Pieces(bytes=bytes, tables_bytes=tables, blocks=units["block"], layers=units["leaf"]), modules)
+    return Cut(Pieces(bytes=bytes, tables_bytes=tables, blocks=units["block"], layers=units["leaf"]), modules, times)
 
 
 def watch(parts: Parts, asked: Callable[[int], None]) -> None:

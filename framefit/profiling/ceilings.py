@@ -58,6 +58,7 @@ def _measure(device: str, name: str) -> Rates:
     best = Rates(
         device=name, torch=torch.__version__, tflops=tflops, memory_gb_per_s=_best(_memory_copy(device), device) * 1e3,
         host_to_device_gb_per_s=ways["to"], device_to_host_gb_per_s=ways["from"], launch_s=sized.launch_s(device),
+        random_per_s=sized.random_per_s(), first_s=sized.first_s(device), pinned_gb_per_s=sized.pinned_gb_per_s(device),
     )  # fmt: skip
     return sized.measured(best, device)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import median
 
 import torch
 from torch import nn
@@ -19,12 +20,18 @@ from torch.nn import functional
 
 from framefit.families.parts import PRECISIONS
 from framefit.ledger.counts import Tally, count
+from framefit.ledger.transfer import transfer_for
 from framefit.rates import KINDS, Rates
 
-__all__ = ["launch_s", "measured"]
+__all__ = ["first_s", "launch_s", "measured", "pinned_gb_per_s", "random_per_s"]
 
 HOLD_S = 0.2
 """How long a call is repeated, twice: once so that the device settles. On a CPU a tenth of it."""
+NEW = (50, 54, 58, 62, 66)
+"""Sides of pictures that nothing else here is as large as."""
+DRAWN = 2**25
+"""Numbers: more than a processor's caches hold, as a video's are."""
+PINNED_BYTES = 2**28
 LEAST = 0.1
 """Share of a call's seconds that is its sort's at the least."""
 
@@ -58,6 +65,39 @@ def launch_s(device: str) -> float:
     parts = (part for _ in range(layers) for part in (nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()))
     model, x = nn.Sequential(*parts).to(device), torch.ones(1, width, device=device)
     return _held(lambda: model(x), device) / (3 * layers)
+
+
+@torch.no_grad()
+def first_s(device: str) -> float:
+    """Seconds that a convolution of new shapes takes more than once it was met: the middle of several."""
+    more = []
+    weight = torch.randn(64, 64, 3, 3, 3, device=device, dtype=_half(device))
+    for side in NEW:
+        video = torch.randn(1, 64, 3, side, side, device=device, dtype=weight.dtype)
+        call = partial(functional.conv3d, video, weight)
+        first, again = _once(call, device), _once(call, device)
+        more.append(max(0.0, first - again))
+    return median(more)
+
+
+def random_per_s() -> float:
+    """Normal numbers that the host draws, as noise is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    return DRAWN / min(_once(lambda: torch.randn(DRAWN, generator=generator), "cpu") for _ in range(2))
+
+
+def pinned_gb_per_s(device: str) -> float:
+    """Host memory that is fetched and pinned, as what a VAE remembers is."""
+    transfer = transfer_for(torch.device(device))
+    return PINNED_BYTES / _once(lambda: transfer.piece(PINNED_BYTES), device) / 1e9
+
+
+def _once(call: Call, device: str) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - began
 
 
 @torch.no_grad()
