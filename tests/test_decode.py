@@ -26,7 +26,7 @@ from framefit.passes import decode, strips
 from framefit.passes import frames as by_frames
 from framefit.pipeline import Pipeline
 from framefit.plan import Decode, Plan
-from framefit.planning import dryrun
+from framefit.planning import alike, dryrun
 from framefit.testing import random_parts, randomise, tiny_row
 
 WAN, WAN_5B, EASYANIMATE = "wan2.2-i2v-a14b", "wan2.2-ti2v-5b", "easyanimate-v5.1-7b-inp"
@@ -561,8 +561,8 @@ def test_few_groups_and_tiles_stand_for_the_others(
     stages = dryrun.trace(plan, row)
     known = {"encode_text": stages[0].gives, "denoise": {}}
     short = [phase for phase in stages if phase.name in ("encode_image", "decode")]
-    monkeypatch.setattr(dryrun, "_one_for_all", lambda tally, transfer, shelved, tiles: iter(tiles))
-    monkeypatch.setattr(dryrun, "_few_for_all", lambda tally, transfer, count: range(count))
+    monkeypatch.setattr(alike, "tiles", lambda tally, transfer, shelved, tiles: iter(tiles))
+    monkeypatch.setattr(alike, "groups", lambda tally, transfer, count: range(count))
     monkeypatch.setattr(dryrun, "_steady", lambda *_: nullcontext())
     for one, other in zip(short, dryrun.trace(plan, row, known), strict=True):
         assert (one.flops, one.shelf_bytes, one.gives) == (other.flops, other.shelf_bytes, other.gives), one.name
@@ -580,7 +580,7 @@ def test_a_tile_stands_for_the_others(photo: Path, monkeypatch: pytest.MonkeyPat
     row = legal(tiny_row(WAN))
     plan = plan_of(row, photo, (96, 64, 13), precision="fp32", settings={"decode": "tile:64"})
     short = dryrun.trace(plan, row)
-    monkeypatch.setattr(dryrun, "_one_for_all", lambda tally, transfer, shelved, tiles: iter(tiles))
+    monkeypatch.setattr(alike, "tiles", lambda tally, transfer, shelved, tiles: iter(tiles))
     for one, other in zip(short, dryrun.trace(plan, row), strict=True):
         assert one.flops == other.flops, one.name
         assert one.bytes == pytest.approx(other.bytes, rel=0.02), one.name

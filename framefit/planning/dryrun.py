@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
-from framefit.families.pieces import Tile
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak
 from framefit.ledger.operators import gapless
@@ -37,7 +36,7 @@ from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.passes.window import fused
 from framefit.plan import Offload, Plan
-from framefit.planning import chunks
+from framefit.planning import alike, chunks
 from framefit.planning.phase import Given, PhaseTrace
 from framefit.planning.placed import Cut, Placed, cut, kept, placed, watch
 from framefit.planning.spent import Spent
@@ -115,8 +114,8 @@ def followed(
         stack.enter_context(chunks.once(tally))
         parts.pieces = replace(
             parts.pieces,
-            each=partial(_one_for_all, tally, transfer, bool(parts.pieces.shelf)),
-            over=partial(_few_for_all, tally, transfer),
+            each=partial(alike.tiles, tally, transfer, bool(parts.pieces.shelf)),
+            over=partial(alike.groups, tally, transfer),
             shelf=parts.pieces.shelf and partial(Shelf, transfer),
         )
         stack.enter_context(torch.no_grad())
@@ -425,33 +424,6 @@ def _units(vae: nn.Module) -> Iterator[nn.Module]:
     for child in vae.children():
         yield from child.children()
         yield from (module for module in child.modules() if next(module.children(), None))
-
-
-def _one_for_all(tally: Tally, transfer: Transfer, shelved: bool, tiles: Sequence[Tile]) -> Iterator[Tile]:
-    """Tiles are of one size: the first stands for all; where memories come and go, the second does, which has those of
-    another before it."""
-    if shelved:
-        yield tiles[0]
-    with _standing(len(tiles) - shelved, tally, transfer):
-        yield tiles[shelved]
-
-
-def _few_for_all(tally: Tally, transfer: Transfer, count: int) -> Iterator[int]:
-    """Groups of frames are alike from the third on, where memories are full, but for the last, which leaves none."""
-    for index in (*range(min(3, count - 1)), count - 1):
-        with _standing(count - 3 if index == 2 < count - 1 else 1, tally, transfer):
-            yield index
-
-
-@contextmanager
-def _standing(times: int, tally: Tally, transfer: Transfer) -> Iterator[None]:
-    """What runs in it stands for as much `times`."""
-    before = transfer.returned_bytes, transfer.pieces_bytes
-    tally.times *= times
-    yield
-    tally.times //= times
-    transfer.returned_bytes += (times - 1) * (transfer.returned_bytes - before[0])
-    transfer.pieces_bytes += (times - 1) * (transfer.pieces_bytes - before[1])
 
 
 @dataclass(slots=True)
