@@ -83,9 +83,10 @@ class Decode(Setting):
     """How much of a video the VAE takes at once, when it decodes and when it encodes the photo's video.
 
     Whole pictures, the frames of one latent together, as the reference does (whole); whole pictures one by one (frame),
-    with what the layers remember of those before in RAM (ram); or one tile of all pictures after the other, of at most
-    PX pixels each way (tile:PX). The maths is the same. Tiles that do with half of what they depend on, and fade into
-    each other, of a VAE in the plan's precision (blend:PX), differ a little.
+    with what the layers remember of those before in RAM (ram), and tiles of at most PX pixels each way where pictures
+    are largest (ram:PX); or one tile of all pictures after the other (tile:PX). The maths is the same. Tiles that do
+    with half of what they depend on, and fade into each other, of a VAE in the plan's precision (blend:PX), differ a
+    little.
     """
 
     type = "decode"
@@ -97,11 +98,11 @@ class Decode(Setting):
     @classmethod
     def accepts(cls, value: str) -> bool:
         kind, _, size = value.partition(":")
-        return value in cls.values or (kind in ("tile", "blend") and size.isdecimal() and int(size) > 0)
+        return value in cls.values or (kind in ("ram", "tile", "blend") and size.isdecimal() and int(size) > 0)
 
     @classmethod
     def possible(cls) -> tuple[str, ...]:
-        return (*cls.values, cls.more, "blend:PX")
+        return (*cls.values, "ram:PX", cls.more, "blend:PX")
 
     @property
     def tier(self) -> Tier:
@@ -111,6 +112,11 @@ class Decode(Setting):
     def blend(self) -> bool:
         """Whether tiles fade into each other."""
         return self.value.startswith("blend:")
+
+    @property
+    def in_ram(self) -> bool:
+        """Whether what layers remember lies there."""
+        return self.value.partition(":")[0] == "ram"
 
     @property
     def tile_px(self) -> int:

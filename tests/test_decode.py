@@ -26,7 +26,7 @@ from framefit.passes import decode, strips
 from framefit.passes import frames as by_frames
 from framefit.pipeline import Pipeline
 from framefit.plan import Decode, Plan
-from framefit.planning import dryrun
+from framefit.planning import alike, dryrun
 from framefit.testing import random_parts, randomise, tiny_row
 
 WAN, WAN_5B, EASYANIMATE = "wan2.2-i2v-a14b", "wan2.2-ti2v-5b", "easyanimate-v5.1-7b-inp"
@@ -154,6 +154,18 @@ def test_tiles_equal_the_whole(id: str, px: int, vaes: dict[str, Parts], canvas_
     assert (encoded(parts, video) - known).abs().max() <= 1e-5 * known.abs().max()
 
 
+IN_RAM = [(WAN, "ram:88"), (WAN, "ram:40"), (WAN_5B, "ram:128")]
+
+
+@pytest.mark.parametrize(("id", "value"), IN_RAM)
+def test_tiles_with_memories_in_ram_equal_the_whole(id: str, value: str, vaes: dict[str, Parts]) -> None:
+    latents, video = given(vaes[id])
+    frames, known = reference(vaes[id], latents), vaes[id]["vae"].encode(video).latent_dist.mode()
+    parts = divided(vaes[id], value)
+    assert (ours(parts, latents) - frames).abs().max() <= 1e-5 * frames.abs().max()
+    assert (encoded(parts, video) - known).abs().max() <= 1e-5 * known.abs().max()
+
+
 @pytest.fixture
 def canvas_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
@@ -166,14 +178,12 @@ def canvas_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
 # broken on purpose
 
 
-def narrowed(stages: Callable[[Any], list[Stage]], which: int) -> Callable[[Any], list[Stage]]:
+def narrowed(stages: Callable[..., list[Stage]], which: int) -> Callable[..., list[Stage]]:
     """With a halo of one stage that is a pixel less; of one that halves pictures, four."""
 
-    halves = stages is wan_vae._down
-
-    def less(part: Any) -> list[Stage]:
-        made = stages(part)
-        pixels = 4 if halves and made[which].scale > 1 else 1
+    def less(*given: Any) -> list[Stage]:
+        made = stages(*given)
+        pixels = min(4, made[which].halo) if made[0].scale > made[-1].scale and made[which].scale > 1 else 1
         made[which] = replace(made[which], halo=made[which].halo - pixels)
         return made
 
@@ -202,6 +212,51 @@ def test_an_encoder_with_less_of_a_halo_is_seen(
     parts = divided(vaes[id], f"tile:{TILES[id][1]}")
     monkeypatch.setattr(wan_vae, "_down", narrowed(wan_vae._down, which))
     assert (encoded(parts, video) - known).abs().max() > 1e-5 * known.abs().max()
+
+
+@pytest.mark.parametrize("id", [WAN, WAN_5B])
+@pytest.mark.parametrize("which", [-2, -3])
+def test_a_layer_with_less_of_a_halo_is_seen(
+    id: str, which: int, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, _ = given(vaes[id], frames=2)
+    frames, parts = reference(vaes[id], latents), divided(vaes[id], "ram:128")
+    monkeypatch.setattr(wan_vae, "_measured", narrowed(wan_vae._measured, which))
+    assert (ours(parts, latents) - frames).abs().max() > 1e-5 * frames.abs().max()
+
+
+@pytest.mark.parametrize("id", [WAN, WAN_5B])
+def test_an_encoders_layer_with_less_of_a_halo_is_seen(
+    id: str, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, video = given(vaes[id], frames=2)
+    known, parts = vaes[id]["vae"].encode(video).latent_dist.mode(), divided(vaes[id], f"ram:{TILES[id][-1]}")
+    monkeypatch.setattr(wan_vae, "_measured", narrowed(wan_vae._measured, -2))
+    assert (encoded(parts, video) - known).abs().max() > 1e-5 * known.abs().max()
+
+
+def test_a_tile_with_the_memory_of_another_is_seen(vaes: dict[str, Parts]) -> None:
+    latents, _ = given(vaes[WAN])
+    frames, parts = reference(vaes[WAN], latents), divided(vaes[WAN], "ram:88")
+
+    class Mixed(Shelf):
+        def put(self, name: Any, tree: Any) -> None:
+            before[name[0], name[2]], tree = list(tree), before.get((name[0], name[2]), tree) if name[1] else tree
+            super().put(name, tree)
+
+    before: dict[Any, Any] = {}
+    parts.pieces = replace(parts.pieces, shelf=partial(Mixed, Transfer(torch.device("cpu"))))
+    assert (ours(parts, latents) - frames).abs().max() > 1e-3 * frames.abs().max()
+
+
+def test_a_shortcut_with_other_pixels_is_seen(vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, _ = given(vaes[WAN_5B], frames=2)
+    frames, parts = reference(vaes[WAN_5B], latents), divided(vaes[WAN_5B], "ram:128")
+    added = wan_vae._added
+    monkeypatch.setattr(
+        wan_vae, "_added", lambda shortcut, out, x, first: added(shortcut, out, x.roll(1, 4), first=first)
+    )
+    assert (ours(parts, latents) - frames).abs().max() > 1e-3 * frames.abs().max()
 
 
 def forgetful(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -395,6 +450,7 @@ def test_a_preview_is_a_whole_frame(
     ("id", "value", "told"),
     [
         (EASYANIMATE, "tile:256", "norms are over whole pictures, use decode=frame or decode=ram"),
+        (EASYANIMATE, "ram:256", "norms are over whole pictures, use decode=frame or decode=ram"),
         ("i2vgen-xl", "frame", "takes single frames already, use decode=whole"),
         ("i2vgen-xl", "ram", "takes single frames already, use decode=whole"),
     ],
@@ -407,14 +463,17 @@ def test_what_a_vae_cannot_is_refused(id: str, value: str, told: str) -> None:
 
 @pytest.mark.parametrize("px", [4, 152, 9999])
 def test_a_tile_that_divides_nothing_is_refused(px: int, vaes: dict[str, Parts]) -> None:
-    parts = divided(vaes[WAN], f"tile:{px}")
-    with pytest.raises(UsageError, match=rf"decode=tile:{px} cannot divide frames of 152x88: use a tile of 8 to 151"):
-        ours(parts, given(parts)[0])
+    for kind in ("tile", "ram"):
+        decode.remove(vaes[WAN])
+        parts = divided(vaes[WAN], f"{kind}:{px}")
+        told = rf"decode={kind}:{px} cannot divide frames of 152x88: use a tile of 8 to 151"
+        with pytest.raises(UsageError, match=told):
+            ours(parts, given(parts)[0])
 
 
-@pytest.mark.parametrize("value", ["tile", "tile:", "tile:0", "tile:-5", "tile:x", "frames", "frame:2"])
+@pytest.mark.parametrize("value", ["tile", "tile:", "tile:0", "ram:-5", "ram:x", "frames", "frame:2"])
 def test_other_values_are_refused(value: str) -> None:
-    with pytest.raises(UsageError, match="use decode=whole or decode=frame or decode=ram or decode=tile:PX"):
+    with pytest.raises(UsageError, match="decode=frame or decode=ram or decode=ram:PX or decode=tile:PX"):
         Decode(value=value)
 
 
@@ -479,7 +538,7 @@ def test_a_plan_says_what_lies_in_ram_and_what_moves(
     known = {phase.name.partition(":")[0]: phase.gives for phase in before}
     plan = plan_of(row, photo, size, precision="fp32", settings={"decode": "ram"})
     (said,) = dryrun.trace(plan, row, known)
-    assert said.peak_bytes < 0.8 * frame.peak_bytes
+    assert said.peak_bytes < (0.8 if id == EASYANIMATE else 0.95) * frame.peak_bytes  # Wan's takes two frames at once
     assert frame.shelf_bytes == frame.bytes["device_to_host"] == 0
     way = Transfer(torch.device("cpu"))
     parts = divided(vaes[id], "ram")
@@ -487,17 +546,41 @@ def test_a_plan_says_what_lies_in_ram_and_what_moves(
     ours(parts, torch.randn(1, getattr(vaes[id]["vae"].config, "z_dim", 16), 3, 12, 18))
     assert (said.bytes["host_to_device"], said.bytes["device_to_host"]) == (way.moved_bytes, way.returned_bytes)
     assert way.moved_bytes / 2 <= said.shelf_bytes <= way.moved_bytes
-    monkeypatch.setattr(dryrun, "_steady", lambda *_: nullcontext())
+    monkeypatch.setattr(alike, "calls", lambda *_: nullcontext())
     (longer,) = dryrun.trace(plan, row, known)
     assert longer.flops == said.flops
     assert longer.peak_bytes == pytest.approx(said.peak_bytes, rel=0.02)
+
+
+def test_few_groups_and_tiles_stand_for_the_others(
+    photo: Path, vaes: dict[str, Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what moves and lies in RAM is what does on the way of real tensors."""
+    row, vae = legal(tiny_row(WAN_5B)), vaes[WAN_5B]["vae"]
+    plan = plan_of(row, photo, (288, 192, 17), precision="fp32", settings={"decode": "ram:128"})
+    stages = dryrun.trace(plan, row)
+    known = {"encode_text": stages[0].gives, "denoise": {}}
+    short = [phase for phase in stages if phase.name in ("encode_image", "decode")]
+    monkeypatch.setattr(alike, "tiles", lambda tally, transfer, shelved, tiles: iter(tiles))
+    monkeypatch.setattr(alike, "groups", lambda tally, transfer, count: range(count))
+    monkeypatch.setattr(alike, "calls", lambda *_: nullcontext())
+    for one, other in zip(short, dryrun.trace(plan, row, known), strict=True):
+        assert (one.flops, one.shelf_bytes, one.gives) == (other.flops, other.shelf_bytes, other.gives), one.name
+        assert one.bytes == pytest.approx(other.bytes, rel=0.02), one.name
+        assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=0.03), one.name
+    way, parts = Transfer(torch.device("cpu")), divided(vaes[WAN_5B], "ram:128")
+    parts.pieces = replace(parts.pieces, shelf=partial(Shelf, way))
+    ours(parts, torch.randn(1, vae.config.z_dim, 5, 12, 18))
+    said = short[-1]
+    assert (said.bytes["host_to_device"], said.bytes["device_to_host"]) == (way.moved_bytes, way.returned_bytes)
+    assert said.shelf_bytes == way.pieces_bytes
 
 
 def test_a_tile_stands_for_the_others(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = legal(tiny_row(WAN))
     plan = plan_of(row, photo, (96, 64, 13), precision="fp32", settings={"decode": "tile:64"})
     short = dryrun.trace(plan, row)
-    monkeypatch.setattr(dryrun, "_one_for_all", lambda tally, tiles: iter(tiles))
+    monkeypatch.setattr(alike, "tiles", lambda tally, transfer, shelved, tiles: iter(tiles))
     for one, other in zip(short, dryrun.trace(plan, row), strict=True):
         assert one.flops == other.flops, one.name
         assert one.bytes == pytest.approx(other.bytes, rel=0.02), one.name

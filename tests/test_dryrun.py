@@ -21,7 +21,7 @@ from framefit.ledger.live import Live, block_bytes
 from framefit.passes import apply_all
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
-from framefit.planning import choose, dryrun, traces
+from framefit.planning import alike, choose, dryrun, traces
 from framefit.planning.phase import Pieces
 from framefit.rates import Unseen
 from framefit.request import Request
@@ -179,8 +179,8 @@ def test_what_is_as_before_is_as_if_it_were_traced(
     known: dict[str, Any] = {"encode_text": {}, "denoise": {}}
     short = dryrun.trace(plan, row, known)
     called: list[int] = []
-    monkeypatch.setattr(dryrun, "_steady", lambda *_: nullcontext())
-    monkeypatch.setattr(dryrun, "_as_the_third", lambda live, tally, made, *_: called.append(1) or made)
+    monkeypatch.setattr(alike, "calls", lambda *_: nullcontext())
+    monkeypatch.setattr(alike, "latent_frames", lambda live, tally, made, *_: called.append(1) or made)
     whole = dryrun.trace(plan, row, known)
     assert bool(called) == (decode != "ram")
     for one, other in zip(short, whole, strict=True):
@@ -262,12 +262,12 @@ def test_what_lies_between_two_steps_is_what_a_run_holds(id: str, photo: Path, m
     pipeline = Pipeline(plan, random_parts(row, dtype=torch.float32, device=CPU))
     state = pipeline.encode()
     found: list[int] = []
-    before = {tensor.untyped_storage()._cdata for tensor in alike(state.latents)}
+    before = {tensor.untyped_storage()._cdata for tensor in like(state.latents)}
     predict = pipeline.predict
 
     def watched(expert: str, latents: torch.Tensor, *args: Any) -> torch.Tensor:
         gc.collect()
-        there = {tensor.untyped_storage()._cdata for tensor in alike(latents)} - before
+        there = {tensor.untyped_storage()._cdata for tensor in like(latents)} - before
         found.append(len(there - {latents.untyped_storage()._cdata, state.latents.untyped_storage()._cdata}))
         return predict(expert, latents, *args)
 
@@ -276,7 +276,7 @@ def test_what_lies_between_two_steps_is_what_a_run_holds(id: str, photo: Path, m
     assert found[3] == found[4] == dryrun._between_steps(pipeline.parts["scheduler"])[0]
 
 
-def alike(latents: torch.Tensor) -> list[torch.Tensor]:
+def like(latents: torch.Tensor) -> list[torch.Tensor]:
     return [
         each for each in gc.get_objects()
         if type(each) is torch.Tensor and each.shape == latents.shape and each.dtype == latents.dtype

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from test_transfer import CPU, Runtime, Stream, runtime  # noqa: F401
 
 from framefit.errors import DoesNotFit
 from framefit.families import magvit_vae
-from framefit.families.pieces import Pieces, Stage, shelved, through
+from framefit.families.pieces import Pieces, Stage, through
+from framefit.families.shelved import shelved
 from framefit.ledger import shelf
 from framefit.ledger.shelf import Shelf
 from framefit.ledger.transfer import CardTransfer, NoTransfer, Transfer
@@ -46,8 +47,8 @@ def reused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
-        def empty(self, *shape: Any, **how: Any) -> torch.Tensor:
-            return on_device(torch.full(*shape, torch.nan, **how))
+        def empty_strided(self, *shape: Any, **how: Any) -> torch.Tensor:
+            return on_device(torch.empty_strided(*shape, **how).fill_(torch.nan))
 
     monkeypatch.setattr(shelf, "torch", Torch())
     with torch.no_grad():
@@ -80,9 +81,13 @@ def groups() -> list[torch.Tensor]:
     return [torch.randn(1, 2, frames, 3, 3, generator=generator) for frames in GROUPS]
 
 
-def made(transfer: Transfer) -> torch.Tensor:
+def way_of(transfer: Transfer) -> Generator[torch.Tensor]:
     given = (on_device(group) for group in groups())
-    return torch.cat([frame.clone() for frame in shelved(stages(), given, len(GROUPS), Shelf(transfer))], dim=2)
+    return cast(Any, shelved([{None: stages()}], given, len(GROUPS), Pieces(shelf=partial(Shelf, transfer))))
+
+
+def made(transfer: Transfer) -> torch.Tensor:
+    return torch.cat([frame.clone() for frame in way_of(transfer)], dim=2)
 
 
 def expected() -> torch.Tensor:
@@ -128,7 +133,7 @@ def test_what_just_left_can_be_taken_at_once(
 
 def test_memory_is_given_back_after_the_copies_only(runtime: Runtime) -> None:  # noqa: F811
     """Of a way that nobody goes to its end."""
-    way = shelved(stages(), iter(groups()), len(GROUPS), Shelf(CardTransfer(CPU)))
+    way = way_of(CardTransfer(CPU))
     for _ in range(3):
         next(way)
     way.close()
@@ -139,7 +144,7 @@ def test_memory_is_given_back_after_the_copies_only(runtime: Runtime) -> None:  
 
 def test_ram_is_pinned_once_for_a_way(runtime: Runtime) -> None:  # noqa: F811
     transfer = CardTransfer(CPU)
-    way = shelved(stages(), iter(groups()), len(GROUPS), Shelf(transfer))
+    way = way_of(transfer)
     seen = [set(runtime.pinned) for _ in way]
     assert all(now == seen[0] for now in seen)
     assert len(seen[0]) == 10
@@ -174,3 +179,17 @@ def test_without_contents_nothing_moves_and_all_is_counted() -> None:
     made(real)
     assert (way.moved_bytes, way.returned_bytes) == (real.moved_bytes, real.returned_bytes)
     assert way.pieces_bytes == real.pieces_bytes == way.moved_bytes // (len(GROUPS) - 1)
+
+
+def test_tensors_come_back_as_they_lay(runtime: Runtime) -> None:  # noqa: F811
+    """Channels-last, one frame of two, and a piece with holes, of which there is a copy."""
+    there, values = Shelf(CardTransfer(CPU)), torch.randn(1, 3, 2, 4, 5)
+    last = values.contiguous(memory_format=torch.channels_last_3d)
+    given = [on_device(last), on_device(last)[:, :, 1:], on_device(values)[..., 1:3]]
+    there.put("here", given)
+    there.settle()
+    back = there.take("here", None)
+    for one, other in zip(back, [last, last[:, :, 1:], values[..., 1:3]], strict=True):
+        assert torch.equal(one, other)
+    assert [each.stride(1) for each in back] == [1, 1, 16]
+    there.close()

@@ -23,7 +23,7 @@ from framefit.passes import apply_all
 from framefit.passes.window import correlated, fused
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan, Window
-from framefit.planning import dryrun
+from framefit.planning import alike, dryrun
 from framefit.planning.length import beyond_trained
 from framefit.quality import compare, windows
 from framefit.testing import tiny_row
@@ -208,7 +208,7 @@ def test_the_dry_run_holds_a_window_and_counts_all(make_plan: Make, monkeypatch:
     assert count == 4
     assert divided.flops == {kind: count * flops for kind, flops in trained.flops.items()}
     monkeypatch.setattr(
-        dryrun, "_as_before", lambda forward, last, live, tally, *args, **facts: forward(*args, **facts)
+        alike, "_as_before", lambda forward, last, live, tally, *args, **facts: forward(*args, **facts)
     )
     assert divided == trace(29, "9:4"), "the second window stands for the rest"
 

@@ -13,8 +13,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_magvit import EasyAnimateUpsampler3D
 from torch import nn
 
-from framefit.families.pieces import Pieces, Stage, shelved, through
+from framefit.families.pieces import Pieces, Stage, through
 from framefit.families.pixels import to_frames
+from framefit.families.shelved import gathered, shelved
 
 __all__ = ["SEEN", "decoded", "encoded"]
 
@@ -31,7 +32,7 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
     if pieces.shelf:
         small = [decoder.conv_in, *decoder.mid_block.convs]
         small += [layer for block in decoder.up_blocks for layer in (*block.convs, block.upsampler) if layer]
-        made = shelved([*map(_stage, small), _end(decoder)], taken, len(taken), pieces.shelf())
+        made = shelved([{None: [*map(_stage, small), _end(decoder)]}], taken, len(taken), pieces)
     else:
         stages = [_stage(decoder.conv_in, decoder.mid_block), *map(_stage, decoder.up_blocks), _end(decoder)]
         each = vae.temporal_compression_ratio if pieces.one_by_one else 1
@@ -45,7 +46,7 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
 def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Tensor:
     """Frames (1, 3, 1, H, W) in [-1, 1], first the first -> latents (1, C, F, h, w): the posterior's mode."""
     encoder, most = vae.encoder, vae.temporal_compression_ratio
-    step = 1 if pieces.one_by_one else most
+    step, count = 1 if pieces.one_by_one else most, 1 + (len(video) - 1) // most
 
     def taken() -> Iterator[torch.Tensor]:
         yield video[0]
@@ -55,13 +56,12 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
     count = 1 + (len(video) - 1) // most
     if pieces.shelf:
         stages = [_stage(encoder.conv_in), *_small(encoder), _end(encoder)]
-        made = shelved(stages, taken(), count, pieces.shelf())
+        made = shelved([{None: stages}], taken(), count, pieces)
     else:
         downs = [_stage(block, takes=block.temporal_downsample_factor) for block in encoder.down_blocks]
         stages = [_stage(encoder.conv_in), *downs, _stage(encoder.mid_block), _end(encoder)]
         made = pieces.made(through(stages, taken(), one_by_one=pieces.one_by_one), count, 1)
-    out = torch.cat(list(made), dim=2)
-    mean: torch.Tensor = vae.quant_conv(out).chunk(2, dim=1)[0]
+    mean: torch.Tensor = vae.quant_conv(gathered(made, count)).chunk(2, dim=1)[0]
     return mean
 
 

@@ -8,19 +8,25 @@ of the whole picture; what the halo lacks is cut off stage by stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from framefit.errors import UsageError
 from framefit.families.checkpoint import Checkpoint
 from framefit.families.fading import fade
 from framefit.request import ResolvedRequest
 
-__all__ = ["Pieces", "Shelf", "Span", "Stage", "Tile", "borders", "painted", "shelved", "through"]
+__all__ = [
+    "Frame", "Pieces", "Shelf", "Span", "Stage", "Tile", "borders", "painted", "side_by_side", "stages_of", "through",
+]  # fmt: skip
+
+Frame = Any
+"""(1, C, 1, H, W); or such a one and, as a tuple, another of its size that is to be added to what becomes of it."""
 
 
 class Shelf(Protocol):
@@ -58,6 +64,8 @@ class Pieces:
     made: Callable[[Iterator[torch.Tensor], int, int], Iterator[torch.Tensor]] = _as_it_comes
     """Goes over what is made of the latent frames: (pieces, how many latent frames, pieces of each after the first).
     A dry run makes that of three: layers look at two frames before, so that all that follow are as the third."""
+    over: Callable[[int], Iterable[int]] = range
+    """Goes over as many groups of frames, by their numbers; a dry run takes few for all, because most are alike."""
 
     def tiles(self, height: int, width: int, stride: int) -> list[Tile]:
         """Of a picture of `height` x `width` latent pixels of `stride` pixels each; none: it is taken whole.
@@ -68,7 +76,7 @@ class Pieces:
         if not self.tile_px:
             return []
         if not stride <= self.tile_px < stride * max(height, width):
-            way = "blend" if self.blend else "tile"
+            way = "blend" if self.blend else "ram" if self.shelf else "tile"
             raise UsageError(
                 f"decode={way}:{self.tile_px} cannot divide frames of {width * stride}x{height * stride}: use a tile "
                 f"of {stride} to {stride * max(height, width) - 1} pixels, or decode=frame for whole frames."
@@ -119,14 +127,14 @@ class Tile:
 class Stage:
     """Some layers of a VAE, for one way through one video."""
 
-    run: Callable[[torch.Tensor], torch.Tensor]
+    run: Callable[[Frame], Frame]
     """The next frames (1, C, F, H, W) -> what the layers make of them."""
     scale: int = 1
     """Pixels of its input to one of the latents."""
     halo: int = 0
     """Pixels of its input around a tile that the tile depends on, here and in the stages that follow."""
     takes: int = 1
-    """Frames that it needs at once; the first comes alone."""
+    """Frames that it needs at once, or most that it takes at once; the first comes alone."""
     memory: list[Any] = field(default_factory=list)
     """What its layers remember, while they do not compute: it may be put away in between."""
 
@@ -138,68 +146,23 @@ def through(
 
     Each piece is dropped once the next stage has read it.
     """
-    around, scale = (0, 0), stages[0].scale
-    for stage in stages:
-        run = stage.run
-        if tile:
-            around = around[0] * stage.scale // scale, around[1] * stage.scale // scale
-            run = partial(_cut, stage, tile, around)
-            around, scale = tile.corner(stage.scale, stage.halo), stage.scale
-        pieces = _over(run, _grouped(iter(pieces), stage.takes) if one_by_one else pieces, one_by_one)
+    for stage in stages_of(tile, stages) if tile else stages:
+        pieces = _over(stage.run, _grouped(iter(pieces), stage.takes) if one_by_one else pieces, one_by_one)
     yield from pieces
 
 
-def shelved(
-    stages: Sequence[Stage], groups: Iterable[torch.Tensor], count: int, shelf: Shelf
-) -> Iterator[torch.Tensor]:
-    """As `through`, with what the stages remember on `shelf` while others compute: it travels once for every group.
-
-    So all frames of a group pass a stage, one by one, before the next stage begins. What a stage remembers leaves
-    while the next one computes its first half of the frames, and what the one after needs comes during the second.
-
-    Args:
-        groups: (1, C, F, H, W) each, `count` of them; the first is one frame.
-    """
-    try:
-        for index, group in enumerate(groups):
-            frames = list(torch.split(group, 1, dim=2))
-            del group
-            for place, stage in enumerate(stages):
-                stage.memory[:] = shelf.take(place, stage.memory)
-                frames = _frame_by_frame(stage, frames, index == 0, shelf, place + 1)
-                if index + 1 < count:
-                    shelf.put(place, stage.memory)
-                stage.memory.clear()
-            while frames:
-                yield frames.pop(0)
-    finally:
-        shelf.close()
+def stages_of(tile: Tile, stages: Sequence[Stage]) -> list[Stage]:
+    """Each cuts of whole pictures, or of what the stage before it gives, what the tile depends on."""
+    around, scale, made = (0, 0), stages[0].scale, list[Stage]()
+    for stage in stages:
+        around = around[0] * stage.scale // scale, around[1] * stage.scale // scale
+        made.append(replace(stage, run=partial(_cut, stage, tile, around)))
+        around, scale = tile.corner(stage.scale, stage.halo), stage.scale
+    return made
 
 
-def _frame_by_frame(
-    stage: Stage, frames: list[torch.Tensor], first: bool, shelf: Shelf, following: int
-) -> list[torch.Tensor]:
-    """What a stage makes of `frames`, which are dropped as they are read."""
-    takes = 1 if first else stage.takes
-    runs, out = len(frames) // takes, list[torch.Tensor]()
-    for run in range(runs):
-        if run == (runs + 1) // 2:
-            shelf.settle()
-        if run == runs // 2:
-            shelf.expect(following)
-        taken, frames[:takes] = frames[:takes], []
-        piece = taken.pop() if takes == 1 else torch.cat(taken, dim=2)
-        taken.clear()
-        made = stage.run(piece)
-        del piece
-        out += torch.split(made, 1, dim=2)
-        del made
-    shelf.settle()
-    return out
-
-
-def _cut(stage: Stage, tile: Tile, around: tuple[int, int], piece: torch.Tensor) -> torch.Tensor:
-    return stage.run(tile.cut(piece, stage.scale, stage.halo, around))
+def _cut(stage: Stage, tile: Tile, around: tuple[int, int], piece: Frame) -> Frame:
+    return stage.run(tree_map_only(torch.Tensor, lambda x: tile.cut(x, stage.scale, stage.halo, around), piece))
 
 
 def _over(
@@ -228,6 +191,17 @@ def _grouped(frames: Iterator[torch.Tensor], count: int) -> Iterator[torch.Tenso
             group = [torch.cat(held, dim=2)]
             held.clear()
             yield group.pop()
+
+
+def side_by_side(tiles: Iterable[Tile], of: Callable[[Tile], Iterable[torch.Tensor]], scale: int) -> list[torch.Tensor]:
+    """Whole pictures (1, C, F, H, W), of which `of` gives the tiles; with `scale` pixels to one of the latents."""
+    whole: list[torch.Tensor] = []
+    for tile in tiles:
+        for index, part in enumerate(of(tile)):
+            if index == len(whole):
+                whole.append(part.new_empty(*part.shape[:3], tile.rows.whole * scale, tile.columns.whole * scale))
+            tile.cut(whole[index], scale).copy_(part)
+    return whole
 
 
 @dataclass(slots=True)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
+from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D, WanCausalConv3d, WanResample, WanResidualBlock
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify as patchified
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify as unpatchified
 from torch import nn
 
 from framefit.families.fading import REACH, narrowed
-from framefit.families.pieces import Pieces, Stage, Tile, painted, shelved, through
+from framefit.families.pieces import Frame, Pieces, Stage, Tile, painted, side_by_side, stages_of, through
 from framefit.families.pixels import to_frames
+from framefit.families.shelved import Stretch, gathered, shelved
 
 __all__ = ["decoded", "encoded"]
 
@@ -27,6 +29,9 @@ KEPT = 2
 """Frames that a convolution over three remembers."""
 
 Run = Callable[[torch.Tensor], torch.Tensor]
+
+Row = tuple[Stage, tuple[nn.Module, ...]]
+"""A stage and its layers."""
 
 
 def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.Tensor]:
@@ -38,12 +43,12 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
             del piece
             yield chunk
 
-    taken = vae.post_quant_conv(latents).split(1, dim=2)
-    if pieces.shelf:
-        yield from frames(shelved(list(_small_up(vae.decoder)), taken, len(taken), pieces.shelf()))
-        return
     stride = vae.config.scale_factor_spatial
     tiles = pieces.tiles(latents.shape[3], latents.shape[4], stride)
+    taken = vae.post_quant_conv(latents).split(1, dim=2)
+    if pieces.shelf:
+        yield from frames(shelved(_up_by_layer(vae.decoder, tiles), taken, len(taken), pieces))
+        return
     middle = _chain(_convolution(vae.decoder.conv_in), _block(vae.decoder.mid_block))
     features: Iterable[torch.Tensor] = map(middle, taken)
     if tiles:  # every one of them begins from these
@@ -67,7 +72,7 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
     config = vae.config
     patch, stride = config.patch_size or 1, config.scale_factor_spatial
     tiles = pieces.tiles(video[0].shape[3] // stride, video[0].shape[4] // stride, stride)
-    one_by_one = pieces.one_by_one or bool(tiles)  # halos are widest where pictures are largest
+    one_by_one = pieces.one_by_one or bool(tiles and not pieces.shelf)  # halos are widest where pictures are largest
 
     def taken() -> Iterator[torch.Tensor]:
         step = 1 if one_by_one else config.scale_factor_temporal
@@ -81,46 +86,19 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
         return pieces.made(through(_down(vae.encoder), taken(), tile, one_by_one=one_by_one), count, 1)
 
     if pieces.shelf:
-        out = torch.cat(list(shelved(list(_small_down(vae.encoder)), taken(), count, pieces.shelf())), dim=2)
+        out = gathered(shelved(_down_by_layer(vae.encoder, tiles), taken(), count, pieces), count)
     else:
-        shrunk = _joined(tiles, pieces, features) if tiles else features(None)
+        shrunk = side_by_side(pieces.each(tiles), features, 1) if tiles else features(None)
         middle = _chain(_block(vae.encoder.mid_block), _end(vae.encoder))
         out = torch.cat(list(pieces.made((middle(feature) for feature in shrunk), count, 1)), dim=2)
     mean: torch.Tensor = vae.quant_conv(out).chunk(2, dim=1)[0]
     return mean
 
 
-def _joined(
-    tiles: Sequence[Tile], pieces: Pieces, features: Callable[[Tile], Iterator[torch.Tensor]]
-) -> list[torch.Tensor]:
-    """The features of all tiles side by side, latent frame by latent frame."""
-    whole: list[torch.Tensor] = []
-    for tile in pieces.each(tiles):
-        for index, feature in enumerate(features(tile)):
-            if index == len(whole):
-                size = (tile.rows.whole, tile.columns.whole)
-                whole.append(feature.new_empty(*feature.shape[:3], *size))
-            tile.cut(whole[index], 1).copy_(feature)
-    return whole
-
-
 def _up(decoder: Any) -> list[Stage]:
-    """From the middle to frames, with the halo that each stage and those behind it need."""
-    blocks = list(decoder.up_blocks)
-    growths = [2 if _resamples(block) else 1 for block in blocks]
-    scale = 1
-    for growth in growths:
-        scale *= growth
-    halo = 1  # of the last convolution
-    stages = [
-        Stage(run=lambda x: x, scale=scale),
-        Stage(run=_end(decoder), scale=scale, halo=halo),
-    ]
-    for block, growth in zip(reversed(blocks), reversed(growths), strict=True):
-        scale //= growth
-        halo = (halo if growth == 1 else -(-(halo + 1) // 2)) + _reach(block)
-        stages.append(Stage(run=_block(block, starts=True), scale=scale, halo=halo))
-    return stages[::-1]
+    """From the middle to frames."""
+    rows = [(Stage(run=_block(block, starts=True)), (block,)) for block in decoder.up_blocks]
+    return _measured([*rows, (Stage(run=_end(decoder)), (decoder.conv_out,))], _growth(decoder.up_blocks))
 
 
 def _near_up(decoder: Any) -> list[Stage]:
@@ -131,77 +109,134 @@ def _near_up(decoder: Any) -> list[Stage]:
 
 
 def _down(encoder: Any) -> list[Stage]:
-    """From frames to the middle. Halos are even where a stage halves, so that every tile halves as the whole does."""
+    """From frames to the middle."""
     groups: list[list[nn.Module]] = [[]]
     for layer in encoder.down_blocks:
         groups[-1].append(layer)
         if _resamples(layer):
             groups.append([])
-    stages = [Stage(run=lambda x: x)]
-    scale, halo = 1, 0
-    for group in reversed(groups):
-        sampler = _resamples(*group)
-        scale *= 2 if sampler else 1
-        halo = (2 * halo + 1 if sampler else halo) + _reach(*group) + (group is groups[0])
-        halo += halo % 2 if scale > 1 else 0
-        run = _chain(*map(_block, group))
-        if group is groups[0]:
-            run = _chain(_convolution(encoder.conv_in), run)
-        takes = 2 if sampler and sampler.mode == "downsample3d" else 1
-        stages.append(Stage(run=run, scale=scale, halo=halo, takes=takes))
+    rows: list[Row] = []
+    for group in groups:
+        first = [] if rows else [encoder.conv_in]
+        run = _chain(*map(_convolution, first), *map(_block, group))
+        rows.append((Stage(run=run, takes=_takes(_resamples(*group))), (*first, *group)))
+    return _measured(rows, 1)
+
+
+def _measured(rows: Sequence[Row], scale: int) -> list[Stage]:
+    """The stages with their scales, and with the halo that each and those behind it need.
+
+    Halos are even where a stage halves, so that every tile halves as the whole does.
+
+    Args:
+        scale: of what comes out.
+    """
+    halo, stages = 0, [Stage(run=lambda x: x, scale=scale)]
+    for stage, layers in reversed(rows):
+        sampler = _resamples(*layers)
+        grows = sampler is not None and sampler.mode.startswith("up")
+        if grows:
+            scale, halo = scale // 2, -(-(halo + 1) // 2)
+        elif sampler:
+            scale, halo = scale * 2, 2 * halo + 1
+        halo += _reach(*layers)
+        halo += halo % 2 if sampler and not grows else 0
+        stages.append(replace(stage, scale=scale, halo=halo))
     return stages[::-1]
 
 
-def _small_up(decoder: Any) -> Iterator[Stage]:
-    """The decoder layer by layer."""
-    yield _remembering(_convolution, decoder.conv_in)
-    yield from _small_middle(decoder.mid_block)
-    for block in decoder.up_blocks:
-        layers = [_remembering(_block, layer) for layer in (*block.resnets, _resamples(block)) if layer]
-        if shortcut := getattr(block, "avg_shortcut", None):
-            layers = _around(layers, shortcut)
-        yield from layers
-    yield _remembering(_end, decoder)
+def _up_by_layer(decoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
+    """With tiles from where pictures, a quarter as high as they come out, grow."""
+
+    def rows() -> list[Row]:
+        made = [_remembering(_convolution, decoder.conv_in), *_middle(decoder.mid_block)]
+        for block in decoder.up_blocks:
+            layers = [_remembering(_block, layer) for layer in (*block.resnets, _resamples(block)) if layer]
+            made += _around(layers, shortcut) if (shortcut := getattr(block, "avg_shortcut", None)) else layers
+        return [*made, _remembering(_end, decoder, decoder.conv_out)]
+
+    if not tiles:
+        return [{None: [stage for stage, _ in rows()]}]
+    ups = [i for i, (_, layers) in enumerate(rows()) if _resamples(*layers)]
+    begin, scale = ups[-2:][0], _growth(decoder.up_blocks)
+    return [
+        {None: [stage for stage, _ in rows()[:begin]]},
+        {tile: stages_of(tile, _measured(rows()[begin:], scale)) for tile in tiles},
+    ]
 
 
-def _small_down(encoder: Any) -> Iterator[Stage]:
-    """The encoder layer by layer; where a shortcut is around several, these together."""
-    yield _remembering(_convolution, encoder.conv_in)
-    for layer in encoder.down_blocks:
-        sampler = _resamples(layer)
-        yield _remembering(_block, layer, takes=2 if sampler and sampler.mode == "downsample3d" else 1)
-    yield from _small_middle(encoder.mid_block)
-    yield _remembering(_end, encoder)
+def _down_by_layer(encoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
+    """With tiles down to a quarter; layers that have a shortcut around them are one stage."""
+
+    def rows() -> list[Row]:
+        made = [_remembering(_convolution, encoder.conv_in)]
+        made += [_remembering(_block, layer) for layer in encoder.down_blocks]
+        return [*made, *_middle(encoder.mid_block), _remembering(_end, encoder, encoder.conv_out)]
+
+    if not tiles:
+        return [{None: [stage for stage, _ in rows()]}]
+    downs = [i for i, (_, layers) in enumerate(rows()) if _resamples(*layers)]
+    end, scale = downs[:2][-1] + 1, 2 ** len(downs[2:])
+    return [
+        {tile: stages_of(tile, _measured(rows()[:end], scale)) for tile in tiles},
+        {None: [stage for stage, _ in rows()[end:]]},
+    ]
 
 
-def _small_middle(middle: Any) -> Iterator[Stage]:
+def _middle(middle: Any) -> list[Row]:
     first, *rest = [_remembering(_block, layer) for layer in middle.resnets]
-    yield first
-    for attention, stage in zip(middle.attentions, rest, strict=True):
-        yield Stage(run=attention)
-        yield stage
+    made = [first]
+    for attention, row in zip(middle.attentions, rest, strict=True):
+        made += [(Stage(run=attention), (attention,)), row]
+    return made
 
 
-def _remembering(build: Callable[..., Run], layer: nn.Module, takes: int = 1) -> Stage:
+def _remembering(build: Callable[..., Run], layer: Any, looks: nn.Module | None = None, takes: int = KEPT) -> Row:
     memory: list[Any] = []
-    return Stage(run=build(layer, memory=memory), memory=memory, takes=takes)
+    return Stage(run=build(layer, memory=memory), memory=memory, takes=takes), (looks or layer,)
 
 
-def _around(stages: Sequence[Stage], shortcut: nn.Module) -> list[Stage]:
-    """Stages with a shortcut from the input of the first to the output of the last, where frames wait until then."""
-    waiting: list[torch.Tensor] = []
-    first, last, began = stages[0], stages[-1], False
+def _around(rows: Sequence[Row], shortcut: DupUp3D) -> list[Row]:
+    """With a shortcut from the input of the first to the output of the last, to which every frame brings its own."""
+    first, *between, last = [stage for stage, _ in rows]
+    began = False
 
-    def begin(x: torch.Tensor) -> torch.Tensor:
-        waiting.append(x)
-        return first.run(x)
+    def begin(x: torch.Tensor) -> Frame:
+        return first.run(x), x
 
-    def end(x: torch.Tensor) -> torch.Tensor:
+    def go_on(run: Run, frame: Frame) -> Frame:
+        return run(frame[0]), frame[1]
+
+    def end(frame: Frame) -> torch.Tensor:
         nonlocal began
-        out, told, began = last.run(x), not began, True
-        return out.add_(shortcut(waiting.pop(0), first_chunk=told))
+        out, told, began = last.run(frame[0]), not began, True
+        return _added(shortcut, out, frame[1], first=told)
 
-    return [replace(first, run=begin), *stages[1:-1], replace(last, run=end)]
+    runs: list[Callable[[Frame], Frame]] = [begin, *(partial(go_on, stage.run) for stage in between), end]
+    return [(replace(stage, run=run), layers) for run, (stage, layers) in zip(runs, rows, strict=True)]
+
+
+def _added(shortcut: DupUp3D, out: torch.Tensor, x: torch.Tensor, *, first: bool) -> torch.Tensor:
+    """`out` and what `DupUp3D.forward` of diffusers 0.42 makes of x, pixel after pixel of those that one grows to."""
+    times, size = shortcut.factor_t, shortcut.factor_s
+    parts = x.view(x.shape[0], shortcut.out_channels, -1, *x.shape[2:])
+    for place in range(shortcut.factor):
+        frame, row, column = place // size**2, place // size % size, place % size
+        begin = frame - (times - 1 if first else 0)
+        if begin >= 0:
+            out[:, :, begin::times, row::size, column::size].add_(parts[:, :, place // shortcut.repeats])
+    return out
+
+
+def _growth(blocks: Iterable[nn.Module]) -> int:
+    """Pixels each way that one becomes."""
+    growth: int = 2 ** sum(_resamples(block) is not None for block in blocks)
+    return growth
+
+
+def _takes(sampler: WanResample | None) -> int:
+    """Frames that it needs at once."""
+    return 2 if sampler and sampler.mode == "downsample3d" else 1
 
 
 def _resamples(*layers: nn.Module) -> WanResample | None:
@@ -209,8 +244,9 @@ def _resamples(*layers: nn.Module) -> WanResample | None:
 
 
 def _reach(*layers: nn.Module) -> int:
-    """Pixels that residual blocks look around them: a pixel for each of their two convolutions."""
-    return 2 * sum(isinstance(each, WanResidualBlock) for layer in layers for each in layer.modules())
+    """Pixels that layers look around them: of residual blocks one for each of their two convolutions."""
+    blocks = sum(isinstance(each, WanResidualBlock) for layer in layers for each in layer.modules())
+    return 2 * blocks + sum(isinstance(layer, WanCausalConv3d) for layer in layers)
 
 
 def _chain(*runs: Run) -> Run:

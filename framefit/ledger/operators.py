@@ -103,12 +103,16 @@ def _attention(args: Any, precision: str, bytes: int) -> Share:
 
 
 def _convolution(args: Any, result: Any, precision: str, flops: int, bytes: int) -> Iterator[Share]:
-    """Few channels leave tiles empty. What is channels-first is copied to channels-last and back, and biased after."""
+    """Few channels leave tiles empty. What is channels-first, as weights are, is copied to channels-last and back; what
+    is made is biased after."""
     image, weight = args[0], args[1]
     sort = Sort("convolution", precision, min(TILE, _up(min(weight.shape[:2]), CHANNELS)))
     if _channels_last(image):
         biased = len(args) > 2 and isinstance(args[2], torch.Tensor)
-        yield sort, flops, bytes + 2 * biased * occupied(result)
+        turned = not _channels_last(weight)
+        yield sort, flops, bytes + 2 * turned * occupied(weight) + 2 * biased * occupied(result)
+        if turned:
+            yield Sort("scattered", "", 0), weight.numel(), 0
         return
     ends = (image, weight, result)
     yield sort, flops, 2 * sum(map(occupied, ends)) + 2 * occupied(result)

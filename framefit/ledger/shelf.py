@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from framefit.ledger.transfer import Piece, Room, Transfer
+from framefit.ledger.transfer import Piece, Room, Transfer, without_holes
 
 __all__ = ["Shelf"]
 
@@ -24,7 +24,7 @@ class _Place:
     spec: TreeSpec
     kept: list[Any] = field(default_factory=list)
     """Leaf by leaf: what is no tensor, or a tensor on the way."""
-    lying: dict[int, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    lying: dict[int, tuple[torch.Size, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     """Which of them are in RAM."""
     pieces: dict[tuple[int, int], Piece] = field(default_factory=dict)
     """By leaf and bytes."""
@@ -54,8 +54,9 @@ class Shelf:
         for index, leaf in enumerate(leaves):
             place.kept.append(None if isinstance(leaf, torch.Tensor) else leaf)
             if isinstance(leaf, torch.Tensor):
-                place.lying[index] = leaf.shape, leaf.dtype
-                self._send(leaf.contiguous(), place, index)
+                tensor = leaf if without_holes(leaf) else leaf.contiguous()
+                place.lying[index] = tensor.shape, tensor.stride(), tensor.dtype
+                self._send(tensor, place, index)
 
     def _send(self, tensor: torch.Tensor, place: _Place, index: int) -> None:
         piece = place.pieces.get((index, tensor.nbytes))
@@ -75,8 +76,8 @@ class Shelf:
         place = self._places.get(name)
         if place is None:
             return
-        for index, (shape, dtype) in place.lying.items():
-            tensor = torch.empty(shape, dtype=dtype, device=self._transfer.device)
+        for index, (shape, strides, dtype) in place.lying.items():
+            tensor = torch.empty_strided(shape, strides, dtype=dtype, device=self._transfer.device)
             room = self._transfer.over(tensor)
             self._transfer.recall(place.pieces[index, tensor.nbytes], room)
             place.kept[index] = tensor

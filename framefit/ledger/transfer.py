@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from framefit.errors import DoesNotFit
 
-__all__ = ["CardTransfer", "NoTransfer", "Piece", "Room", "Slab", "Transfer", "mapped", "transfer_for"]
+__all__ = ["CardTransfer", "NoTransfer", "Piece", "Room", "Slab", "Transfer", "mapped", "transfer_for", "without_holes"]
 
 ALIGNMENT = 512
 """Bytes: where a tensor begins, as torch's allocator on a card places them; kernels choose by alignment."""
@@ -145,7 +145,7 @@ class Transfer:
 
     def over(self, tensor: torch.Tensor) -> Room:
         """A room that is the memory of a tensor of the device, without holes."""
-        return Room(tensor.view(-1).view(torch.uint8))
+        return Room(_flat(tensor).view(torch.uint8))
 
     def stay(self, table: torch.Tensor) -> object:
         """`table` is looked up on the host, as long as what is returned is held."""
@@ -182,7 +182,7 @@ class Transfer:
     def send(self, tensor: torch.Tensor, piece: Piece) -> None:
         """Begin to copy a tensor of the device, without holes, to a piece of its size, once it is computed."""
         self.returned_bytes += tensor.nbytes
-        piece.memory.copy_(tensor.view(-1).view(torch.uint8))
+        piece.memory.copy_(_flat(tensor).view(torch.uint8))
 
     def sent(self, piece: Piece) -> None:
         """What is computed from here on comes after what was sent: its memory on the device may be another's."""
@@ -274,7 +274,7 @@ class CardTransfer(Transfer):
         self._back.wait_stream(torch.cuda.current_stream(self.device))
         self._back.wait_event(piece.read)
         with torch.cuda.stream(self._back):
-            piece.memory.copy_(tensor.view(-1).view(torch.uint8), non_blocking=True)
+            piece.memory.copy_(_flat(tensor).view(torch.uint8), non_blocking=True)
         piece.written.record(self._back)
 
     def sent(self, piece: Piece) -> None:
@@ -369,3 +369,14 @@ def mapped(bytes: int) -> torch.Tensor:
 def _dense(tensor: torch.Tensor) -> tuple[int, ...]:
     """Its strides, or those of a copy without holes."""
     return torch.empty_like(tensor, device="meta").stride()
+
+
+def without_holes(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie side by side, in whatever order of its axes."""
+    strides = zip(tensor.shape, tensor.stride(), _dense(tensor), strict=True)
+    return all(own == usual for size, own, usual in strides if size > 1)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Its elements as they lie, of a tensor without holes."""
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -2,10 +2,11 @@
 
 Frames leave the VAE as they are made, whatever the setting: that is how the families decode. With `frame` the layers
 behind the first see one frame at a time in place of the two or four that a latent frame grows to; their memories make
-that the same. With `ram` these memories are on the card for the few layers at work only (`families/pieces.py`). With
-`tile` the time goes by inside of every tile. Tiles have the halo that the convolutions need, so that they equal the
-whole. Where norms are over a whole picture, as EasyAnimate's, none can. With `blend` decoded tiles have half of that
-halo and fade into each other (`families/fading.py`), and the VAE computes in the denoiser's precision.
+that the same. With `ram` these memories are on the card for the few layers at work only, with `ram:PX` for one tile at
+a time where pictures are largest (`families/shelved.py`). With `tile` the time goes by inside of every tile. Tiles have
+the halo that the convolutions need, so that they equal the whole. Where norms are over a whole picture, as
+EasyAnimate's, none can. With `blend` decoded tiles have half of that halo and fade into each other
+(`families/fading.py`), and the VAE computes in the denoiser's precision.
 
 Wan's convolutions pad their input by a copy of it. In pieces the convolution itself pads. Layers made for single frames
 (`passes/frames.py`) are EasyAnimate's with `frame` and `ram`, and Wan's with `ram`.
@@ -44,7 +45,7 @@ def apply(parts: Parts, setting: Decode) -> None:
         raise UsageError(f"decode={setting.value} cannot be for {parts.checkpoint.id}: {reason}.")
     if setting.blend:
         _round(parts)
-    vae, in_ram = parts["vae"], setting.value == "ram"
+    vae, in_ram = parts["vae"], setting.in_ram
     shelf = partial(Shelf, transfer_for(parts.device, weights(vae))) if in_ram else None
     parts.pieces = Pieces(
         one_by_one=setting.value == "frame", tile_px=setting.tile_px, blend=setting.blend, shelf=shelf

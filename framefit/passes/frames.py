@@ -1,4 +1,4 @@
-"""Layers of causal VAEs over one frame at a time, whose memories are the frames themselves: nothing is copied.
+"""Layers of causal VAEs over one or two frames at a time, whose memories are the frames themselves: nothing is copied.
 
 Each hook restates the forward of a module of diffusers 0.42 over the module's own children.
 """
@@ -15,8 +15,14 @@ from diffusers.models.autoencoders.autoencoder_kl_magvit import (
     EasyAnimateResidualBlock3D,
     EasyAnimateUpsampler3D,
 )
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+    WanRMS_norm,
+)
 from torch import nn
+from torch.nn import functional
 
 from framefit.families.magvit_vae import SEEN
 from framefit.passes.norms import changes, moments, normed
@@ -81,7 +87,10 @@ class _MagvitUpsampler(ModelHook):  # type: ignore[misc]
 
 
 class _WanConvolution(ModelHook):  # type: ignore[misc]
-    """Before the first frame is nothing. What is given to remember are frames, or one tensor of them."""
+    """Before the first frame is nothing. What is given to remember are frames, or one tensor of them.
+
+    Frames are channels-last from the first convolution on, as EasyAnimate's are.
+    """
 
     def new_forward(self, module: WanCausalConv3d, x: torch.Tensor, cache_x: Any = None) -> torch.Tensor:
         columns, _, rows, _, before, _ = module._padding
@@ -91,6 +100,8 @@ class _WanConvolution(ModelHook):  # type: ignore[misc]
 
 
 class _WanResidual(ModelHook):  # type: ignore[misc]
+    """Of as many frames at once as it remembers: then these are one tensor, and no other frame is in its memory."""
+
     def new_forward(
         self, module: WanResidualBlock, x: torch.Tensor, feat_cache: list[Any], feat_idx: list[int]
     ) -> torch.Tensor:
@@ -98,11 +109,22 @@ class _WanResidual(ModelHook):  # type: ignore[misc]
         for norm, convolution in ((module.norm1, module.conv1), (module.norm2, module.conv2)):
             x = module.nonlinearity(norm(x))
             before = feat_cache[feat_idx[0]] or [None] * (convolution.kernel_size[0] - 1)
-            feat_cache[feat_idx[0]] = _kept(convolution, [*before, *_frames(x)])
+            feat_cache[feat_idx[0]] = [*before, *_frames(x)][-len(before) :]
             feat_idx[0] += 1
             x = convolution(x, before)
             del before
         return x.add_(shortcut)
+
+
+class _WanNorm(ModelHook):  # type: ignore[misc]
+    """In one piece of memory, and its two factors as one."""
+
+    def new_forward(self, module: WanRMS_norm, x: torch.Tensor) -> torch.Tensor:
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        out = functional.normalize(x.float() if half else x, dim=1).mul_(module.gamma * module.scale)
+        if isinstance(module.bias, torch.Tensor):
+            out.add_(module.bias)
+        return out.to(x.dtype)
 
 
 class _WanResampling(ModelHook):  # type: ignore[misc]
@@ -111,6 +133,7 @@ class _WanResampling(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         first, convolution = module
         assert isinstance(convolution, nn.Conv2d)
+        x = x.contiguous(memory_format=torch.channels_last)
         if isinstance(first, nn.ZeroPad2d):
             return halved(convolution, x)
         return enlarged(first, convolution, x)
@@ -122,12 +145,13 @@ HOOKS: dict[type[nn.Module], type[ModelHook]] = {
     EasyAnimateUpsampler3D: _MagvitUpsampler,
     nn.GroupNorm: _MagvitNorm,
     WanCausalConv3d: _WanConvolution,
+    WanRMS_norm: _WanNorm,
     WanResidualBlock: _WanResidual,
 }
 
 
 def _frames(x: torch.Tensor) -> list[torch.Tensor]:
-    return list(torch.split(x, 1, dim=2))
+    return list(torch.split(x.contiguous(memory_format=torch.channels_last_3d), 1, dim=2))
 
 
 def _kept(convolution: nn.Conv3d, seen: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -37,7 +37,7 @@ def over_frames(
     def take(top: int, bottom: int) -> torch.Tensor:
         rows = slice(top // scale, bottom // scale)
         parts = [torch.zeros_like(like[..., rows, :]) if each is None else each[..., rows, :] for each in frames]
-        return _grown(torch.cat(parts, dim=2), scale)
+        return _grown(_joined(parts), scale)
 
     bytes = len(frames) * like.nbytes * scale**2
     return _by_rows(convolution, take, like, scale * like.shape[3], padding, bytes, scale)
@@ -97,6 +97,13 @@ def _by_rows(
 def _convolved(convolution: nn.Conv2d | nn.Conv3d, x: torch.Tensor, padding: tuple[int, int]) -> torch.Tensor:
     given = x, convolution.weight, convolution.bias, convolution.stride
     return functional.conv2d(*given, padding) if x.ndim == 4 else functional.conv3d(*given, (0, *padding))
+
+
+def _joined(frames: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(1, C, F, H, W), channels-last where the frames are; torch.cat does not see that of a single one."""
+    if frames[0].stride(1) != 1:
+        return torch.cat([*frames], dim=2)
+    return torch.cat([frame.movedim(1, -1) for frame in frames], dim=1).movedim(-1, 1)
 
 
 def _grown(x: torch.Tensor, scale: int) -> torch.Tensor:

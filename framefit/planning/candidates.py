@@ -19,8 +19,9 @@ __all__ = ["CANDIDATES", "RUNG", "Candidates", "ladder", "places", "usual"]
 RUNG = 1.01
 """Least seconds of a phase over those with the value before: what lets the search stop. At true size the dry run tells
 0.984 (A14B, chunks of 16384 rows, whose modulation is the norm's own; an H200 took 1.013) to 2 (the 5B, tiles of 128
-px). With a bound below 0.984 most plans would cost two dry runs more, for at most 3 % of their seconds. Below it is
-EasyAnimate's decode by frames, 0.78, which no card has shown yet: there the search takes what fits first."""
+px), and 0.89 for Wan's VAEs with their memories in RAM and 0.78 for EasyAnimate's by frames, which no card has shown
+yet: there the search takes what fits first. With a bound below 0.984 most plans would cost two dry runs more, for at
+most 3 % of their seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,8 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
-        tiles = tuple(f"tile:{px}" for px in (512, 384, 256, 192, 128))  # fewer bytes move than with frames one by one
         near = tuple(f"blend:{px}" for px in (512, 384, 320, 256, 192, 112))  # in half of the bytes
-        # the 5B's VAE sees one pixel in four: halos as many of its pixels wide cost more than memories that move
-        exact = ("whole", "ram", *tiles) if checkpoint["vae"].config.get("is_residual") else ("whole", *tiles)
-        return (*exact, *near)
+        return ("whole", "ram", "ram:640", "ram:448", "tile:512", "tile:256", "tile:128", *near)
     return ("whole", "frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
 
 
@@ -55,11 +53,12 @@ def _chunk(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _divides(plan: Plan, value: str, tier: Tier) -> bool:
-    if value == "ram":
-        return plan.device.id != "cpu"  # where all is in RAM, nothing is spared
+    decode = Decode(value=value)
+    if decode.in_ram and plan.device.id == "cpu":  # where all is in RAM, nothing is spared
+        return False
     if value.startswith("tile") and tier != "exact":
         return False  # tiles that blend are sooner and smaller
-    return Decode(value=value).tile_px < max(plan.request.width, plan.request.height)
+    return decode.tile_px < max(plan.request.width, plan.request.height)
 
 
 CANDIDATES: tuple[Candidates, ...] = (

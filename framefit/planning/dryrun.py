@@ -9,28 +9,26 @@ Stages that were traced before are passed over: what they give to others is know
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from math import prod
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
-from framefit.families.pieces import Tile
 from framefit.ledger.counts import Counts, Tally, count
-from framefit.ledger.live import Live, Peak, Rise
+from framefit.ledger.live import Live, Peak
 from framefit.ledger.operators import gapless
 from framefit.ledger.shelf import Shelf
 from framefit.ledger.transfer import Transfer, transfer_for
@@ -38,7 +36,7 @@ from framefit.passes import apply_all
 from framefit.passes.guidance import guided
 from framefit.passes.window import fused
 from framefit.plan import Offload, Plan
-from framefit.planning import chunks
+from framefit.planning import alike, chunks
 from framefit.planning.phase import Given, PhaseTrace
 from framefit.planning.placed import Cut, Placed, cut, kept, placed, watch
 from framefit.planning.spent import Spent
@@ -112,14 +110,18 @@ def followed(
         stack.enter_context(_following(modules, standing, moving, at_work, tally, spent))
         watch(parts, lambda bytes: tally.move("host_to_device", bytes))
         if "vae" in parts:
-            stack.enter_context(_steady(parts["vae"], live, tally))
+            stack.enter_context(alike.calls(parts["vae"], live, tally))
         stack.enter_context(chunks.once(tally))
         parts.pieces = replace(
-            parts.pieces, each=partial(_one_for_all, tally), made=partial(_as_the_third, live, tally),
+            parts.pieces,
+            each=partial(alike.tiles, tally, transfer, bool(parts.pieces.shelf)),
+            over=partial(alike.groups, tally, transfer),
+            made=partial(alike.latent_frames, live, tally),
             shelf=parts.pieces.shelf and partial(Shelf, transfer),
-        )  # fmt: skip
+        )
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
+        stack.enter_context(_AsOnCard() if tally.card else nullcontext())  # type: ignore[no-untyped-call]
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
         count(way.go, tally)
         spent.end("block", "leaf")
@@ -154,13 +156,13 @@ class _Way:
     @contextmanager
     def _phase(self, name: str, *needs: str) -> Iterator[None]:
         self.used[name] = needs
-        before = self.transfer.moved_bytes, self.transfer.returned_bytes, self.transfer.pieces_bytes
+        before = self.transfer.returned_bytes, self.transfer.pieces_bytes
         with self.live.phase(name), self.tally.phase(name):
             self.parts.use(*needs)
             yield
-            self.tally.move("host_to_device", self.transfer.moved_bytes - before[0])
-            self.tally.move("device_to_host", self.transfer.returned_bytes - before[1])
-        self.shelved[name] = self.transfer.pieces_bytes - before[2]
+            for there_and_back in ("device_to_host", "host_to_device"):
+                self.tally.move(there_and_back, self.transfer.returned_bytes - before[0])
+        self.shelved[name] = self.transfer.pieces_bytes - before[1]
 
     def _given(self, name: str, needs: Sequence[str], call: Callable[[], Tensors]) -> Tensors:
         """What an encoding gives: from a call, or where it was called before like that, without contents."""
@@ -202,7 +204,7 @@ class _Way:
 
                 return guided(parts, forward, scale)
 
-            equal = partial(_as_before, window, _Last(), self.live, self.tally)
+            equal = alike.repeated(window, self.live, self.tally)
             with self._phase(f"denoise:{expert}", expert):
                 fused(parts, equal, latents, conditioning, lambda prediction, frames: prediction)
         del held[remembered:]
@@ -281,6 +283,20 @@ def _workspace(func: Any, args: Any, result: Any) -> int:
     if func._overloadpacket in CONVOLUTIONS:
         return int(args[0].nbytes * (1 if gapless(args[0]) else 2) + result.nbytes)
     return int(result.numel()) if func._overloadpacket is torch.ops.aten._safe_softmax else 0
+
+
+class _AsOnCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What a convolution makes of channels-last is channels-last; the CPU's, over frames, makes it otherwise."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in CONVOLUTIONS and isinstance(result, FakeTensor) and result.ndim == 5:
+            image, frames = args[0], torch.channels_last_3d
+            if image.is_contiguous(memory_format=frames) and not image.is_contiguous():
+                return result.as_strided(
+                    result.shape, torch.empty_like(result, device="meta", memory_format=frames).stride()
+                )
+        return result
 
 
 class _Sound(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -385,119 +401,6 @@ def _following(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _steady(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
-    """Modules of a VAE that are called with equal shapes again and again, as over a video's chunks, run twice.
-
-    The first call of a row may fill what later ones find; from the third on, each is as the second was.
-    """
-    children = {child: child.__dict__.get("forward") for child in _units(part)}
-    for child in children:
-        child.forward = partial(_as_before, child.forward, _Last(), live, tally)
-    try:
-        yield
-    finally:
-        for child, before in children.items():
-            del child.forward  # the class's is there again
-            if before:
-                child.forward = before
-
-
-def _units(vae: nn.Module) -> Iterator[nn.Module]:
-    """What a way through a video calls: whatever is made of others, and the children of the encoder and decoder."""
-    for child in vae.children():
-        yield from child.children()
-        yield from (module for module in child.modules() if next(module.children(), None))
-
-
-def _one_for_all(tally: Tally, tiles: Sequence[Tile]) -> Iterator[Tile]:
-    """Tiles are of one size: the first stands for all."""
-    tally.times *= len(tiles)
-    yield tiles[0]
-    tally.times //= len(tiles)
-
-
-def _as_the_third(
-    live: Live, tally: Tally, made: Iterator[torch.Tensor], latent_frames: int, each: int
-) -> Iterator[torch.Tensor]:
-    """Every piece of the fourth latent frame and of those that follow is as that piece of the third was."""
-    known: deque[_Last] = deque(maxlen=each)
-    for index in range(1 + (latent_frames - 1) * each):
-        if index < 1 + 2 * each:
-            known.append(_Last())
-            piece = _noted(partial(next, made), known[-1], live, tally)
-        else:
-            known.rotate(-1)
-            piece = known[-1].again(live, tally)
-        yield piece
-        del piece
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """How a tensor lies in memory: a view as one of as much memory, an expanded frame as one."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    storage_bytes: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Self:
-        offset, storage_bytes = int(tensor.storage_offset()), tensor.untyped_storage().nbytes()
-        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), offset, storage_bytes)
-
-    def made(self) -> torch.Tensor:
-        """Another one, of zeros where it has contents."""
-        items = self.storage_bytes // self.dtype.itemsize
-        if items == prod(self.shape):
-            made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
-        else:
-            made = torch.empty(items, dtype=self.dtype).as_strided(self.shape, self.strides, self.offset)
-        if not isinstance(made, FakeTensor):
-            with _disable_current_modes():  # the program does no such thing
-                made.untyped_storage().fill_(0)  # type: ignore[attr-defined]
-        return made
-
-
-@dataclass(slots=True)
-class _Last:
-    """The last call of a module."""
-
-    shapes: Any = None
-    times: int = 0
-    """In a row."""
-    rise: Rise = field(default_factory=Rise)
-    counts: Counts = field(default_factory=Counts)
-    result: Any = None
-    """The forms of its tensors."""
-
-    def again(self, live: Live, tally: Tally) -> Any:
-        """As if it were called once more."""
-        live.rose(self.rise)
-        tally.counts.add(self.counts)
-        return tree_map_only(_Form, _Form.made, self.result)
-
-
-def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tally, *args: Any, **kwargs: Any) -> Any:
-    shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs))]
-    last.times = last.times + 1 if shapes == last.shapes else 1
-    last.shapes = shapes
-    if last.times > 2:
-        return last.again(live, tally)
-    return _noted(partial(forward, *args, **kwargs), last, live, tally)
-
-
-def _noted(call: Callable[[], Any], last: _Last, live: Live, tally: Tally) -> Any:
-    before = tally.counts.copy()
-    with live.rise() as rise:
-        result = call()
-    last.rise, last.counts = rise, tally.counts.since(before)
-    last.result = tree_map_only(torch.Tensor, _Form.of, result)
-    return result
 
 
 def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace:

@@ -20,7 +20,7 @@ from framefit import rates
 from framefit.device import EXPANDING_BYTES, state_folder
 from framefit.errors import DoesNotFit, UsageError
 from framefit.families import Checkpoint
-from framefit.plan import Estimate, PhaseEstimate, Plan
+from framefit.plan import Decode, Estimate, PhaseEstimate, Plan
 from framefit.planning.choose import component_bytes
 from framefit.planning.moved import together
 from framefit.planning.phase import PhaseTrace, Pieces
@@ -110,8 +110,8 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
         phase = max(plan.estimate.phases, key=lambda phase: phase.shelf_bytes)
         need, there = plan.needs(phase)["shelf"]
         raise DoesNotFit(
-            f"{plan.request.model} with decode=ram keeps {need / 2**30:.1f} GiB in RAM in its phase {phase.name} and "
-            f"{there / 2**30:.1f} GiB may be: {fits_with}another decode, or free some."
+            f"{plan.request.model} with decode={plan.setting(Decode).value} keeps {need / 2**30:.1f} GiB in RAM "
+            f"in its phase {phase.name} and {there / 2**30:.1f} GiB may be: {fits_with}another decode, or free some."
         )
     if plan.lacks("disk"):
         need, there = max(plan.needs(phase)["disk"] for phase in plan.estimate.phases)
