@@ -207,9 +207,7 @@ def test_the_dry_run_holds_a_window_and_counts_all(make_plan: Make, monkeypatch:
     count = len(Windows(length=3, overlap=1).spans(8))
     assert count == 4
     assert divided.flops == {kind: count * flops for kind, flops in trained.flops.items()}
-    monkeypatch.setattr(
-        alike, "_as_before", lambda forward, last, live, tally, *args, **facts: forward(*args, **facts)
-    )
+    monkeypatch.setattr(alike, "_as_before", lambda forward, last, live, tally, *args, **facts: forward(*args, **facts))
     assert divided == trace(29, "9:4"), "the second window stands for the rest"
 
 
