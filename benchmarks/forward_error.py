@@ -51,15 +51,16 @@ class Work:
 
 ALONE = ({"chunk": "rows"}, {"offload": "block"}, {"chunk": "rows", "offload": "leaf"})
 GUIDED = (*ALONE, {"guidance": "apart"}, {"guidance": "apart", "chunk": "rows", "offload": "block"})
+WAN_PIECES = ({"decode": "frame"}, {"decode": "tile:256"}, {"decode": "ram"}, {"decode": "ram:448"})
 
 WORKS = {
     "wan2.2-a14b-480p": Work("wan2.2-i2v-a14b", "transformer", 832, 480, 81, ALONE),
     "wan2.2-ti2v-5b": Work("wan2.2-ti2v-5b", "transformer", 1280, 704, 121, ALONE),
     "easyanimate-7b-384": Work("easyanimate-v5.1-7b-inp", "transformer", 672, 384, 49, GUIDED),
     "i2vgen-xl-512": Work("i2vgen-xl", "unet", 512, 512, 16, GUIDED),
-    "wan2.1-vae-480p": Work("wan2.2-i2v-a14b", "vae", 832, 480, 81, ({"decode": "frame"}, {"decode": "tile:256"})),
-    "wan2.2-vae-480p": Work("wan2.2-ti2v-5b", "vae", 832, 480, 81, ({"decode": "frame"}, {"decode": "tile:256"})),
-    "magvit-384": Work("easyanimate-v5.1-7b-inp", "vae", 672, 384, 49, ({"decode": "frame"},)),
+    "wan2.1-vae-480p": Work("wan2.2-i2v-a14b", "vae", 832, 480, 81, WAN_PIECES),
+    "wan2.2-vae-480p": Work("wan2.2-ti2v-5b", "vae", 832, 480, 81, WAN_PIECES),
+    "magvit-384": Work("easyanimate-v5.1-7b-inp", "vae", 672, 384, 49, ({"decode": "frame"}, {"decode": "ram"})),
 }
 
 

@@ -1,4 +1,4 @@
-"""On a card: a VAE whose memories lie in RAM makes the same video, in the memory that was said, and the copies hide."""
+"""On a card: a VAE in pieces makes the same video, in the memory that was said, and copies to RAM and back hide."""
 
 from __future__ import annotations
 
@@ -78,12 +78,15 @@ def decoded(parts: Parts, latents: torch.Tensor) -> tuple[torch.Tensor, int, flo
     return frames, torch.cuda.max_memory_allocated(CARD), time.perf_counter() - began
 
 
-@pytest.mark.parametrize("id", WAYS)
-def test_memories_in_ram_change_nothing(id: str) -> None:
+@pytest.mark.parametrize(
+    ("id", "value"),
+    [(id, value) for id in WAYS for value in (("frame", "ram") if "easy" in id else ("ram", "ram:128"))],
+)
+def test_pieces_change_nothing(id: str, value: str) -> None:
     parts = vae_of(id, torch.float32)
     latents = latents_of(parts, (256, 256, 21))
     known, _, _ = decoded(parts, latents)
-    decode.apply(parts, Decode(value="ram"))
+    decode.apply(parts, Decode(value=value))
     for _ in range(3):
         frames, _, _ = decoded(parts, latents)
         assert (frames.int() - known.int()).abs().max() <= 1
@@ -99,7 +102,7 @@ def test_it_takes_what_was_said_and_its_copies_hide(id: str, tmp_path: Path) -> 
     row = CHECKPOINTS[id]
     request = Request(image=photo, prompt="-", model=id, width=width, height=height, num_frames=num_frames, seed=1)
     found = {}
-    for value in ("frame", "ram"):
+    for value in ("frame", "ram", *([] if "easy" in id else ["ram:448"])):
         plan = choose(request, row, Device.detect("cuda"), photo_size=(64, 64), settings={"decode": value})
         said = next(phase for phase in dryrun.trace(plan, row) if phase.name == "decode")
         parts = vae_of(id, torch.bfloat16 if id.startswith("easyanimate") else torch.float32)
@@ -111,4 +114,5 @@ def test_it_takes_what_was_said_and_its_copies_hide(id: str, tmp_path: Path) -> 
         assert peak < 1.05 * (said.peak_bytes + sum(said.weights_bytes.values())), value
         del parts
     assert found["ram"][0] < 0.75 * found["frame"][0]
-    assert found["ram"][1] < 2 * found["frame"][1]
+    for value, (_, seconds) in found.items():
+        assert seconds < 1.5 * found["frame"][1], value
