@@ -343,7 +343,7 @@ def test_the_plan_says_beforehand_that_less_is_held(
         return next(phase for phase in dryrun.trace(plan, row) if phase.name.startswith("denoise"))
 
     few, whole = denoising(chunk="rows:50"), denoising()
-    assert few.peak_bytes < 0.9 * whole.peak_bytes
+    assert few.peak_bytes < 0.95 * whole.peak_bytes  # latents between two steps are in both
     assert sum(few.flops.values()) == pytest.approx(sum(whole.flops.values()), rel=0.01)
     monkeypatch.setattr(dryrun.chunks, "once", lambda tally: nullcontext())
     every = denoising(chunk="rows:50")
