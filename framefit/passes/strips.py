@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from framefit.passes.rows import each, pieces
+
 __all__ = ["STRIP_BYTES", "enlarged", "halved", "over_frames"]
 
 STRIP_BYTES = 2**28
@@ -80,18 +82,19 @@ def _by_rows(
     step = max(1, STRIP_BYTES * rows // bytes // down)
     if step >= height:
         return _convolved(convolution, take(0, rows), padding)
-    out = like
-    for begin in range(0, height, step):
-        end = min(begin + step, height)
-        top = max(begin * down - above, 0) // scale * scale
-        bottom = min(-(-((end - 1) * down - above + tall) // scale) * scale, rows)
+    out: list[torch.Tensor] = []
+
+    def compute(strip: slice) -> None:
+        top = max(strip.start * down - above, 0) // scale * scale
+        bottom = min(-(-((strip.stop - 1) * down - above + tall) // scale) * scale, rows)
         made = _convolved(convolution, take(top, bottom), padding)
-        if begin == 0:
-            out = _empty(made, height, channels_last=like.stride(1) == 1)
-        first = begin - top // down
-        out[..., begin:end, :] = made[..., first : first + end - begin, :]
-        del made
-    return out
+        if not out:
+            out.append(_empty(made, height, channels_last=like.stride(1) == 1))
+        first = strip.start - top // down
+        out[0][..., strip, :] = made[..., first : first + strip.stop - strip.start, :]
+
+    each(pieces(height, step), compute)
+    return out[0]
 
 
 def _convolved(convolution: nn.Conv2d | nn.Conv3d, x: torch.Tensor, padding: tuple[int, int]) -> torch.Tensor:
