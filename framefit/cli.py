@@ -303,12 +303,12 @@ def _vram_flag(command: argparse.ArgumentParser) -> None:
 def _budget_flags(command: argparse.ArgumentParser) -> None:
     _vram_flag(command)
     what = {
-        "ram": "of RAM (default: free); of a named card, what its machine has",
-        "pinned": "of RAM pinned for a card",
-        "disk": "of temporary files (default: free)",
+        "ram": "keep in RAM (default: free); of a named card, what its machine has",
+        "pinned": "pin of RAM for a card",
+        "disk": "write as temporary files (default: free)",
     }
     for name, told in what.items():
-        command.add_argument(f"--{name}", type=_bytes, metavar="SIZE", help=f"most that the plan may take {told}")
+        command.add_argument(f"--{name}", type=_bytes, metavar="SIZE", help=f"most that the plan may {told}")
 
 
 def _output_flags(command: argparse.ArgumentParser) -> None:

@@ -217,7 +217,8 @@ def _losses(flags: Namespace, pipeline: Pipeline) -> list[Loss]:
     from framefit.profiling.layers import losses, untouched
 
     # the limit is for the plan's model, which is loaded
-    flags.precision, flags.settings, flags.untuned, flags.vram = None, [], True, None
+    flags.precision, flags.settings, flags.untuned = None, [], True
+    flags.vram = flags.ram = flags.pinned = flags.disk = None
     checkpoint, reference = _prepared(flags)
     chosen = [(plan.precision, [(s.type, s.value) for s in plan.settings]) for plan in (pipeline.plan, reference)]
     if chosen[0] == chosen[1]:

@@ -73,6 +73,9 @@ class Device:
     ram_total_bytes: int
     """What this process may use: the control group's limit where there is one."""
     ram_free_bytes: int
+    """Of it, or what a run may take where that is less."""
+    ram_limit_bytes: int | None = None
+    """Most that a run may take of it, which nothing enforces but the plan; None: what is free."""
     pinned_limit_bytes: int | None = None
     """Most of it that may be pinned for a card; None: all that is free."""
     disk_free_bytes: int | None
@@ -228,7 +231,10 @@ class Device:
                 raise DoesNotFit(f"{flag} is {asked / GIB:.2f} GiB and {free / GIB:.2f} GiB are free: ask for no more.")
         ram, disk = ((free if asked is None else asked) for asked, free in there.values())
         pinned = self.pinned_limit_bytes if budget.pinned_bytes is None else budget.pinned_bytes
-        return replace(self, ram_free_bytes=ram or 0, disk_free_bytes=disk, pinned_limit_bytes=pinned)
+        return replace(
+            self, ram_free_bytes=ram or 0, ram_limit_bytes=budget.ram_bytes, disk_free_bytes=disk,
+            pinned_limit_bytes=pinned,
+        )  # fmt: skip
 
     def _limited(self, vram_bytes: int | None) -> Self:
         if vram_bytes is None:

@@ -108,7 +108,7 @@ def _loaded(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Parts:
 def _arrived(plan: Plan, needed: Mapping[str, Shapes], parts: Parts, name: str, read: Read) -> None:
     """A component piece by piece: read, its LoRAs added, shrunk, and written where weights are to be on disk; so that
     not all of a denoiser, nor all components, need be in memory at once."""
-    alone = Parts(parts.checkpoint, {name: parts[name]}, parts.device)
+    alone = Parts(parts.checkpoint, {name: parts[name]}, parts.device, parts.precision)
     settings = {type(setting): setting for setting in plan.settings}
     if isinstance(rows := settings.get(Chunk), Chunk):  # they say what is asked for at once, and so what lies together
         chunk.apply(alone, rows)

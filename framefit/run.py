@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 from framefit import photo, planning, recipe, video
@@ -97,8 +98,7 @@ def _unfitted(request: Request, options: Options) -> tuple[Checkpoint, Plan]:
 def _fitted(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
     """On the CPU a run begins at once where nothing says otherwise: there the weights are all that is looked at."""
     if plan.device.id == "cpu" or not options.fit:
-        looked_at = _weights_change(plan) or options.budget.ram_bytes is not None
-        return planning.estimated(plan, checkpoint) if looked_at else plan
+        return planning.estimated(plan, checkpoint) if _weights_are_not_all(plan) else plan
     return planning.fitted(plan, checkpoint, tier=QUALITIES[options.quality])
 
 
@@ -137,9 +137,9 @@ def replay(plan: Plan, output: Path, options: Options) -> Report:
     return _made(checkpoint, plan, output, options)
 
 
-def _weights_change(plan: Plan) -> bool:
-    """Whether their bytes say nothing of what a run on the CPU takes: some lie in files, or are smaller."""
-    return plan.offload != "none" or plan.quantize != "none"
+def _weights_are_not_all(plan: Plan) -> bool:
+    """Whether their bytes do not say what a run on the CPU takes: some lie in files, are smaller, or RAM is limited."""
+    return plan.offload != "none" or plan.quantize != "none" or plan.device.ram_limit_bytes is not None
 
 
 def _made(checkpoint: Checkpoint, plan: Plan, output: Path, options: Options) -> Report:
@@ -179,6 +179,8 @@ def resume(id: str, output: Path | None, options: Options, *, restart: bool = Fa
         weights = fingerprint(hub.locate(checkpoint))
         _check_output(plan, output, options)
         _check_loras(plan)
+        if replace(options.budget, vram_bytes=None) != ALL:
+            check_fits(plan if plan.estimate.phases else estimated(plan, checkpoint))
         if restart:
             _check_photos(plan)
             run.restart(weights)
@@ -197,7 +199,9 @@ def _device_to_resume_on(plan: Plan, options: Options) -> Device:
     if options.device == "auto":
         kept = options.budget.vram_bytes or plan.device.vram_limit_bytes
         return Device.find(plan.device.id, replace(options.budget, vram_bytes=kept))
-    return Device.find(options.device, options.budget)
+    device = Device.find(options.device, options.budget)
+    device.check_here()
+    return device
 
 
 def check_runs(plan: Plan, checkpoint: Checkpoint, tier: Tier = "exact") -> Plan:
@@ -208,7 +212,7 @@ def check_runs(plan: Plan, checkpoint: Checkpoint, tier: Tier = "exact") -> Plan
         DoesNotFit: the plan is not feasible; it says what would be, of a tier up to `tier`.
     """
     plan.device.check_here()
-    if not plan.estimate.phases and (plan.device.id != "cpu" or _weights_change(plan)):
+    if not plan.estimate.phases and (plan.device.id != "cpu" or _weights_are_not_all(plan)):
         plan = estimated(plan, checkpoint)
     dry = bool(plan.estimate.phases)
     check_fits(plan, changes(plan, checkpoint, tier=tier) if dry and not plan.feasible else ())
@@ -279,11 +283,13 @@ def _written(
     checkpoint: Checkpoint, weights: str, output: Path, crf: int, pipeline: Pipeline, frames: Video, *, overwrite: bool
 ) -> Sequence[str]:
     """Returns what may be wrong with the video."""
-    plan, watch = pipeline.plan, watch_for(pipeline.plan, checkpoint)
     with pipeline.ledger.phase("write"):
+        coming = iter(frames.frames)
+        first = list(islice(coming, 1))  # until then the decode may come down a rung, and the file says what made it
+        plan, watch = pipeline.plan, watch_for(pipeline.plan, checkpoint)
         recipe.remember(checkpoint, plan, weights)
         parameters = recipe.parameters(checkpoint, plan, weights, crf)
-        frames = replace(frames, frames=watched(frames.frames, watch))
+        frames = replace(frames, frames=watched(chain(first, coming), watch))
         video.write(frames, output, parameters=parameters, crf=crf, overwrite=overwrite)
         return watch.findings()
 

@@ -125,7 +125,7 @@ def random_parts(
             components[component.name] = _tokenizer(component.class_name, row)
         else:
             components[component.name] = build(component)
-    return Parts(row, components, device)
+    return Parts(row, components, device, dtype)
 
 
 def _random_model(component: Component, dtype: torch.dtype, device: torch.device) -> Any:

@@ -59,7 +59,7 @@ class _Storage(Setting):
 NEW = (
     Candidates(_Rows, lambda row: _Rows.values),
     Candidates(_Tiles, lambda row: _Tiles.values),
-    Candidates(_Storage, lambda row: _Storage.values, moves_weights=True),
+    Candidates(_Storage, lambda row: _Storage.values, lightens=lambda value: value != _Storage.values[0]),
 )
 
 
@@ -174,6 +174,27 @@ def test_more_budget_is_never_slower_and_what_fits_stays_within(seed: int, monke
         else:
             assert before is None, "what fitted fits with more"
     assert before is not None
+
+
+@pytest.mark.usefixtures("more")
+def test_a_value_may_leave_a_block_less_to_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As chunks of I2VGen-XL's UNet do; so that there are fewer places, where nothing fits."""
+    made_up(0, monkeypatch)
+    known = fit.resident
+
+    def fewer(plan: Plan, row: Any) -> tuple[PhaseTrace, ...]:
+        cut = plan.setting(_Rows).value != _Rows.values[0]
+        return tuple(
+            replace(trace, pieces={name: replace(p, blocks=p.blocks[cut:]) for name, p in trace.pieces.items()})
+            for trace in known(plan, row)
+        )
+
+    monkeypatch.setattr(fit, "resident", fewer)
+    hopeless: list[bool] = []
+    asks = fit._Search.hopeless
+    monkeypatch.setattr(fit._Search, "hopeless", lambda self: hopeless.append(asks(self)) or hopeless[-1])
+    assert not fitted(plan_for(0.9), I2VGEN).feasible
+    assert hopeless == [True]
 
 
 @pytest.mark.usefixtures("more")

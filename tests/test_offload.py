@@ -419,7 +419,7 @@ def test_weights_that_exceed_the_hosts_memory_are_refused(deep: Deep, make_plan:
     plan = make_plan(row, settings={"offload": "block"})
     card = replace(plan.device, id="cuda:0", vram_total_bytes=2**34, vram_free_bytes=2**34, ram_free_bytes=2**10)
     plan = estimated(replace(plan, device=card), row)
-    with pytest.raises(DoesNotFit, match=r"offload=block keeps .* in RAM"):
+    with pytest.raises(DoesNotFit, match=r"offload=block takes .* GiB of RAM in its phase .*"):
         check_fits(plan)
     roomy = replace(plan, device=replace(card, ram_free_bytes=2**36))
     check_fits(roomy)

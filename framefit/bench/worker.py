@@ -145,7 +145,7 @@ def _built(job: Job, row: Checkpoint, plan: Plan) -> tuple[Call, int]:
     parts = _parts(job, row, PRECISIONS[plan.precision], device)
     latents, conditioning = _inputs(job, row, plan, parts)
     needed = scenario.needed(row)
-    parts = Parts(needed, {c.name: parts[c.name] for c in needed.components}, device)
+    parts = Parts(needed, {c.name: parts[c.name] for c in needed.components}, device, parts.precision)
     model = parts["vae" if scenario.kind == "decode" else needed.experts[0]]
     weights_bytes = sum(tensor.nbytes for tensor in weights(model))
     if job.variant.engine == "framefit":

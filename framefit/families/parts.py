@@ -52,6 +52,8 @@ class Parts:
     components: dict[str, Any]
     device: torch.device
     """Where they compute."""
+    precision: torch.dtype = torch.float32
+    """That was asked for; a component that its reference keeps in fp32 is in fp32."""
     branches: Literal["together", "apart"] = field(default="together")
     """Whether both guidance branches run in one forward; set by the guidance pass."""
     pieces: Pieces = field(default=Pieces())
@@ -175,7 +177,7 @@ def load_parts(
         arrived: called with every component, on the host still, before the next one is read, and with what reads
             parameters of it; of a denoiser none is before that. What is left then is read at once.
     """
-    parts = Parts(checkpoint, {}, device)
+    parts = Parts(checkpoint, {}, device, dtype)
     try:
         for row in checkpoint.components:
             with _translated(folder / row.name, row):

@@ -6,7 +6,7 @@ that the same. With `ram` these memories are on the card for the few layers at w
 a time where pictures are largest (`families/shelved.py`). With `tile` the time goes by inside of every tile. Tiles have
 the halo that the convolutions need, so that they equal the whole. Where norms are over a whole picture, as
 EasyAnimate's, none can. With `blend` decoded tiles have half of that halo and fade into each other
-(`families/fading.py`), and the VAE computes in the denoiser's precision.
+(`families/fading.py`), and the VAE computes in the plan's precision.
 
 Wan's convolutions pad their input by a copy of it. In pieces the convolution itself pads. Layers made for single frames
 (`passes/frames.py`) are EasyAnimate's with `frame` and `ram`, and Wan's with `ram`.
@@ -43,8 +43,8 @@ def apply(parts: Parts, setting: Decode) -> None:
         return
     if reason := _refusal(parts, setting):
         raise UsageError(f"decode={setting.value} cannot be for {parts.checkpoint.id}: {reason}.")
-    if setting.blend:
-        _round(parts)
+    if setting.blend and parts.dtype("vae") != parts.precision:
+        parts.cast("vae", parts.precision)
     vae, in_ram = parts["vae"], setting.in_ram
     shelf = partial(Shelf, transfer_for(parts.device, weights(vae))) if in_ram else None
     parts.pieces = Pieces(
@@ -63,13 +63,6 @@ def remove(parts: Parts) -> None:
         if hasattr(module, "_diffusers_hook"):
             module._diffusers_hook.remove_hook(HOOK, recurse=False)
     _in_place(parts["vae"], False)
-
-
-def _round(parts: Parts) -> None:
-    """To the denoiser's precision, where there is one."""
-    expert = parts.checkpoint.experts[0]
-    if expert in parts and parts.dtype(expert) != parts.dtype("vae"):
-        parts.cast("vae", parts.dtype(expert))
 
 
 def _padding(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:

@@ -30,8 +30,8 @@ class Candidates:
 
     kind: type[Setting]
     values: Callable[[Checkpoint], tuple[str, ...]]
-    moves_weights: bool = False
-    """Whether there are fewer bytes of weights with some of them."""
+    lightens: Callable[[str], bool] = lambda value: False
+    """Whether there are fewer bytes of weights with a value than with the first."""
     open: Callable[[Plan, str, Tier], bool] = lambda plan, value, tier: True
     """Whether a plan can have a value, and would where this tier is allowed."""
 
@@ -64,8 +64,8 @@ def _divides(plan: Plan, value: str, tier: Tier) -> bool:
 CANDIDATES: tuple[Candidates, ...] = (
     Candidates(Guidance, _guidance),
     Candidates(Chunk, _chunk),
-    Candidates(Decode, _decode, open=_divides),
-    Candidates(Quantize, lambda checkpoint: ("none", "int8"), moves_weights=True),
+    Candidates(Decode, _decode, lightens=lambda value: Decode(value=value).blend, open=_divides),
+    Candidates(Quantize, lambda checkpoint: ("none", "int8"), lightens=lambda value: value == "int8"),
     Candidates(Window, lambda checkpoint: ("none",)),  # another video: only where it is asked for
 )
 

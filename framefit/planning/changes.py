@@ -58,7 +58,7 @@ def _all(plan: Plan, checkpoint: Checkpoint, tier: Tier) -> Iterator[Change]:
         yield from _if_fits(f"without {named}", fitted(free, checkpoint, tier=tier))
     plan = usual(plan, checkpoint)
     for quality, weaker in QUALITIES.items():
-        if TIERS.index(weaker) > TIERS.index(tier):
+        if TIERS.index(weaker) > TIERS.index(tier) and plan.device.id != "cpu":  # where nothing is derived
             found = leanest(plan, checkpoint, tier=weaker)
             if any(TIERS.index(s.tier) > TIERS.index(tier) and not s.asked for s in found.settings):
                 yield from _if_fits(f"--quality {quality}", found)
@@ -67,7 +67,7 @@ def _all(plan: Plan, checkpoint: Checkpoint, tier: Tier) -> Iterator[Change]:
         return leanest(replace(plan, request=request), checkpoint, tier=tier)
 
     need = leanest(plan, checkpoint, tier=tier)
-    if any(map(need.lacks, ("host", "pinned", "disk"))):  # weights: no frame is too many
+    if need.lacks("host") or need.lacks("disk"):  # weights: no frame is too many
         return
     yield from _fewer_frames(plan, checkpoint, with_request)
     yield from _smaller(plan, checkpoint, with_request)

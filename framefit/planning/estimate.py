@@ -91,12 +91,16 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
     if plan.feasible:
         return
     fits_with = f"it fits with {'; or '.join(map(str, ways))}, or " if ways else "use "
+    limit = "" if plan.device.ram_limit_bytes is None else " by --ram"
+    weights_fit = plan.estimate.weights_bytes <= plan.estimate.free_bytes
+    resident = "offload=none, " if weights_fit else ""
     if plan.lacks("host"):
-        need = max(phase.host_bytes for phase in plan.estimate.phases)
+        phase = max(plan.estimate.phases, key=lambda phase: plan.excess(phase)["host"])
+        need, there = plan.needs(phase)["host"]
         less = "" if plan.offload == "disk" else "offload=disk, "
         raise DoesNotFit(
-            f"{plan.request.model} with offload={plan.offload} keeps {need / 2**30:.1f} GiB in RAM and "
-            f"{plan.device.ram_free_bytes / 2**30:.1f} GiB are free: {fits_with}{less}offload=none, or a smaller model "
+            f"{plan.request.model} with offload={plan.offload} takes {need / 2**30:.1f} GiB of RAM in its phase "
+            f"{phase.name} and {there / 2**30:.1f} GiB are free{limit}: {fits_with}{less}{resident}a smaller model "
             f"(framefit models ls); or free some."
         )
     if plan.lacks("pinned"):
@@ -104,7 +108,7 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
         less = "" if plan.offload == "disk" else "offload=disk, "
         raise DoesNotFit(
             f"{plan.request.model} with offload={plan.offload} pins {need / 2**30:.2f} GiB of RAM and "
-            f"{there / 2**30:.2f} GiB may be: {fits_with}{less}offload=none, or more of --pinned."
+            f"{there / 2**30:.2f} GiB may be: {fits_with}{less}{resident}or more of --pinned."
         )
     if plan.lacks("shelf"):
         phase = max(plan.estimate.phases, key=lambda phase: phase.shelf_bytes)
@@ -116,9 +120,9 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
     if plan.lacks("disk"):
         need, there = max(plan.needs(phase)["disk"] for phase in plan.estimate.phases)
         raise DoesNotFit(
-            f"{plan.request.model} with offload=disk writes {need / 2**30:.1f} GiB of weights below {state_folder()} "
-            f"and {there / 2**30:.1f} GiB are free there: make room, set XDG_STATE_HOME to "
-            f"another disk, or use offload=block."
+            f"{plan.request.model} with offload=disk writes {need / 2**30:.2f} GiB of weights below {state_folder()} "
+            f"and {there / 2**30:.2f} GiB may be: {fits_with}make room, set XDG_STATE_HOME to another disk, ask "
+            f"more of --disk, or use offload=block."
         )
     need, binding = plan.estimate.peak_bytes, plan.estimate.binding
     what = "for its weights alone" if binding is None else f"in its phase {binding.name}"
@@ -127,7 +131,6 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
     streamed = "--set offload=block (weights in RAM), " if on_card and plan.offload == "none" else ""
     if not on_card and plan.offload != "disk":
         streamed = "--set offload=disk (weights in files), "
-    weights_fit = plan.estimate.weights_bytes <= plan.estimate.free_bytes
     fewer = "a smaller --size, fewer --frames, " if weights_fit or (on_card and plan.offload != "none") else ""
     raise DoesNotFit(
         f"{plan.request.model} needs {need / 2**30:.1f} GiB {what} in {plan.precision} and {plan.device.name} has "

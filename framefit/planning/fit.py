@@ -9,7 +9,7 @@ one before it (`candidates.RUNG`). No clock, no chance: the same inputs give the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
@@ -43,10 +43,10 @@ class Option:
     cost: tuple[float, int, int]
     """Seconds, 0 where they are not known; then the place of its offload in the order, and its rungs in all."""
 
-    def relieved_by(self, each: Candidates) -> bool:
+    def relieved_by(self, each: Candidates, values: Sequence[str]) -> bool:
         """Whether another value of a type could help where it does not fit: where weights alone are too much, or RAM
         is, only one with fewer of them."""
-        if each.moves_weights:
+        if any(map(each.lightens, values)):
             return not self.plan.feasible
         free = self.plan.estimate.free_bytes
         weights = {trace.name: sum(trace.weights_bytes.values()) for trace in self.traces}
@@ -124,11 +124,13 @@ class _Search:
                 break
             fitting = [option for option in options if option.plan.feasible]
             best = min([*fitting, *([best] if best else [])], key=lambda option: option.cost, default=None)
-            lighter = any(each.moves_weights and rungs[i] + 1 < len(values) for i, (each, values) in enumerate(ladders))
+            lighter = any(
+                any(map(each.lightens, values[rung + 1 :])) for rung, (each, values) in zip(rungs, ladders, strict=True)
+            )
             hopeful = [o for o in options if (best is None or o.cost < best.cost) and (lighter or not o.too_heavy)]
             for i, (each, values) in enumerate(ladders):
                 further = (*rungs[:i], rungs[i] + 1, *rungs[i + 1 :])
-                open = [o for o in hopeful if o.relieved_by(each)]
+                open = [o for o in hopeful if o.relieved_by(each, values)]
                 if further[i] < len(values) and further not in seen and open:
                     seen.add(further)
                     bound = max(least_s, min(_bound(option, each) for option in open))
@@ -139,10 +141,13 @@ class _Search:
         """Whether nothing can fit: in every place some phase has too many bytes with the last values, which leave least
         beside the weights, even with the weights of the first ones. Not known where there are fewer weights to choose:
         in 8 bits they leave a little more."""
-        return not any(self.lightest) and all(
-            self._least(first, last).lacks("device")
-            for first, last in zip(self.options(self.lightest), self.options(self.last), strict=True)
+        first, last = (
+            {option.plan.setting(Offload).value: option for option in self.options(rungs)}
+            for rungs in (self.lightest, self.last)
         )
+        # another value may leave a block more or less to stream, and so a place
+        both = [place for place in first if place in last]
+        return not any(self.lightest) and all(self._least(first[p], last[p]).lacks("device") for p in both)
 
     def _least(self, first: Option, last: Option) -> Plan:
         """Less than any plan with their place can need. Blocks that compute in chunks come as a whole, and take more
@@ -172,7 +177,9 @@ class _Search:
     @property
     def lightest(self) -> Rungs:
         """The last values of what makes weights fewer, and the first ones of all else."""
-        return tuple(rung * each.moves_weights for rung, (each, _) in zip(self.last, self.ladders, strict=True))
+        return tuple(
+            rung * any(map(each.lightens, values)) for rung, (each, values) in zip(self.last, self.ladders, strict=True)
+        )
 
     def before(self, option: Option, setting: Setting) -> Plan:
         """As `option`, with the value of one type that comes before its own; of offload, the level before, or for none
