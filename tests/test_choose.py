@@ -520,7 +520,7 @@ def test_what_a_vae_remembers_in_ram_is_asked_of_ram() -> None:
         estimate.check_fits(short)
     option = fit.Option(short, traces.traced(plan, row), (0,), (0.0, 0, 0))
     assert not option.too_heavy
-    relieved = {each.kind.type for each in CANDIDATES if option.relieved_by(each)}
+    relieved = {each.kind.type for each in CANDIDATES if option.relieved_by(each, each.values(row))}
     assert relieved == {"decode", "quantize"}
 
 
