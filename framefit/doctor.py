@@ -82,7 +82,9 @@ def _rates(found: Rates) -> Iterator[Row]:
         yield kind, ", ".join(f"{precision} {rate:.3g}" for precision, rate in by_precision.items()) + " TFLOP/s"
     yield "memory", f"{found.memory_gb_per_s:.4g} GB/s"
     if found.host_to_device_gb_per_s and found.device_to_host_gb_per_s:
-        yield "host copies", f"to {found.host_to_device_gb_per_s:.3g}, from {found.device_to_host_gb_per_s:.3g} GB/s"
+        both = f", both at once {found.both_ways_gb_per_s:.3g}" if found.both_ways_gb_per_s else ""
+        ways = f"to {found.host_to_device_gb_per_s:.3g}, from {found.device_to_host_gb_per_s:.3g}{both}"
+        yield "host copies", f"{ways} GB/s"
         yield "pinned", f"{found.pinned_gb_per_s:.3g} GB/s"
     yield "noise", f"{found.random_per_s / 1e6:.3g} million numbers a second"
     if found.unseen:

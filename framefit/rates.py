@@ -157,6 +157,8 @@ class Rates:
     host_to_device_gb_per_s: float | None
     """From and to pinned memory; None on the CPU."""
     device_to_host_gb_per_s: float | None
+    both_ways_gb_per_s: float | None = None
+    """Each way, where copies go both ways at once: a link can be full with one. None: as fast as alone."""
     by_size: Mapping[str, Mapping[str, Mapping[int, float]]] = field(default_factory=dict)
     """Sort -> precision ("" where there is none) -> size -> 1e12 FLOPs or elements a second, beside its bytes."""
     launch_s: float = LAUNCH_S
@@ -227,9 +229,9 @@ class Rates:
         return {size: best * share for size, share in BY_SIZE[sort.name].items()} if best else {}
 
     def copy_seconds(self, way: str, bytes: int) -> float | None:
-        """For `bytes` "host_to_device" or "device_to_host"."""
-        rates = {"host_to_device": self.host_to_device_gb_per_s, "device_to_host": self.device_to_host_gb_per_s}
-        rate = rates.get(way)
+        """For `bytes` "host_to_device" or "device_to_host", or as many "both_ways" at once."""
+        to, back = self.host_to_device_gb_per_s, self.device_to_host_gb_per_s
+        rate = {"host_to_device": to, "device_to_host": back, "both_ways": self.both_ways_gb_per_s or to}.get(way)
         return bytes / rate / 1e9 if rate else None
 
     def to_json(self) -> dict[str, Any]:

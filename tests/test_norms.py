@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from framefit.passes import frames
 from framefit.passes.norms import Moments, changes, moments, normed
 
 GROUPS, CHANNELS = 8, 32
@@ -22,7 +23,9 @@ def made(dtype: torch.dtype, layout: torch.memory_format, deviations: float) -> 
 
 
 def by_parts(norm: nn.GroupNorm, x: torch.Tensor, lost: bool = False) -> torch.Tensor:
-    variances, means = (each.view(len(x), GROUPS, -1) for each in moments(x, (2, 3)))
+    variances, means = (
+        each.unflatten(2, (GROUPS, -1)).transpose(1, 2).flatten(2) for each in moments(x.movedim(1, -1), 2)
+    )
     parts: Moments = variances, means.mean(2, keepdim=True).expand_as(means) if lost else means
     scale, shift = changes(norm, parts)
     return normed(x, scale[..., None, None], shift[..., None, None])
@@ -43,6 +46,17 @@ def test_norms_of_joined_parts_are_torchs(dtype: torch.dtype, layout: torch.memo
     assert found.dtype == dtype
     assert found.is_contiguous(memory_format=layout)
     assert error(norm, x, found) <= max(1.1 * error(norm, x, norm(x)), 2e-6)
+
+
+@pytest.mark.parametrize("width", [40, 520])
+@torch.no_grad()
+def test_pictures_are_summed_up_in_short_pieces(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x = made(torch.float32, torch.channels_last, 3)
+    x = x.repeat(1, 1, 1, width // 40).add_(torch.arange(width)).contiguous(memory_format=torch.channels_last)
+    pieces = list[int]()
+    monkeypatch.setattr(frames, "moments", lambda x, axis: pieces.append(x.shape[axis]) or moments(x, axis))
+    assert error(norm, x, frames._MagvitNorm().new_forward(norm, x)) <= 2e-6
+    assert pieces == [{40: 40, 520: 130}[width]]
 
 
 @torch.no_grad()

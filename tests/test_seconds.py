@@ -17,7 +17,7 @@ from framefit.durations import duration
 from framefit.families import CHECKPOINTS
 from framefit.ledger.counts import Tally, count
 from framefit.planning import choose
-from framefit.planning.estimate import with_phases
+from framefit.planning.estimate import _beside, with_phases
 from framefit.planning.phase import PhaseTrace
 from framefit.profiling import sized
 from framefit.rates import Quantity, Rates, Sort, of
@@ -197,6 +197,16 @@ def test_what_a_process_has_met_is_not_looked_for_again(photo: Path) -> None:
     assert seconds((1, 3)) == pytest.approx([known.first_s, 0])
     pinned = 10**9 / known.pinned_gb_per_s / 1e9
     assert seconds((1, 2, 3), 10**9) == pytest.approx([pinned, pinned])
+
+
+def test_a_stage_of_a_vae_hides_copies_that_take_no_longer_and_both_ways_share_a_link() -> None:
+    known = replace(FLAT, host_to_device_gb_per_s=10.0, both_ways_gb_per_s=5.0)
+    stages = ((0.5, 10**9), (0.5, 4 * 10**9))
+    through = 5e9 / known.memory_gb_per_s / 1e9
+    assert _beside(1.0, 5 * 10**9, stages, "both_ways", known) == pytest.approx(1 + 0.3 + through)
+    assert _beside(1.0, 5 * 10**9, stages, "block", known) == pytest.approx(1 + through)
+    alone = replace(known, both_ways_gb_per_s=None)
+    assert _beside(1.0, 5 * 10**9, stages, "both_ways", alone) == pytest.approx(1 + through)
 
 
 def test_a_probe_tells_what_the_host_does_a_second() -> None:

@@ -1,9 +1,9 @@
 """A video through a causal VAE group by group of frames, with what its layers remember in RAM while others compute.
 
 All frames of a group pass a layer, a few at a time, before the next layer begins: a memory travels once for every
-group, out while the next layer computes its first half of the frames, back while the one before does its second. Where
-pictures are largest, tiles of them go through the layers one after another, each with its own memories, and with the
-halo of these layers alone.
+group, out while the next layer computes and back while the one before does, both ways at once. Where pictures are
+largest, tiles of them go through the layers one after another, each with its own memories, and with the halo of these
+layers alone.
 """
 
 from __future__ import annotations
@@ -95,13 +95,9 @@ class _Group:
         """What a stage makes of `frames`, which are dropped as they are read."""
         count = sum(map(_length, frames))
         takes = min(stage.takes, count)
-        runs, out = count // takes, list[Frame]()
-        for run in range(runs):
-            if run == (runs + 1) // 2:
-                self.shelf.settle()
-            if run == runs // 2 and here in self.following:
-                self.shelf.expect(self.following[here])
-            out.append(stage.run(_taken(frames, takes)))
+        if here in self.following:
+            self.shelf.expect(self.following[here])
+        out = [stage.run(_taken(frames, takes)) for _ in range(count // takes)]
         self.shelf.settle()
         return out
 

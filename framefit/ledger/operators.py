@@ -17,7 +17,7 @@ import torch
 from framefit.ledger.kinds import op_kind
 from framefit.rates import Sort
 
-__all__ = ["Share", "gapless", "occupied", "precision_of", "row_norm", "shape_of", "shares", "traffic"]
+__all__ = ["Share", "channels_last", "occupied", "precision_of", "row_norm", "shape_of", "shares", "traffic"]
 
 Share = tuple[Sort, int, int]
 """A sort; its amount in FLOPs or elements; bytes read and written."""
@@ -64,7 +64,7 @@ def shares(func: Any, args: Any, kwargs: Any, result: Any, flops: int, bytes: in
 def shape_of(args: Any) -> int:
     """Of a convolution: equal for those that run the same kernels."""
     image, weight, _, *how = args
-    lies = image.shape, image.dtype, _channels_last(image), weight.shape, [str(each) for each in how]
+    lies = image.shape, image.dtype, channels_last(image), weight.shape, [str(each) for each in how]
     return crc32(repr(lies).encode())
 
 
@@ -107,9 +107,9 @@ def _convolution(args: Any, result: Any, precision: str, flops: int, bytes: int)
     is made is biased after."""
     image, weight = args[0], args[1]
     sort = Sort("convolution", precision, min(TILE, _up(min(weight.shape[:2]), CHANNELS)))
-    if _channels_last(image):
+    if channels_last(image):
         biased = len(args) > 2 and isinstance(args[2], torch.Tensor)
-        turned = not _channels_last(weight)
+        turned = not channels_last(weight)
         yield sort, flops, bytes + 2 * turned * occupied(weight) + 2 * biased * occupied(result)
         if turned:
             yield Sort("scattered", "", 0), weight.numel(), 0
@@ -123,12 +123,8 @@ def _convolution(args: Any, result: Any, precision: str, flops: int, bytes: int)
     )  # fmt: skip
 
 
-def gapless(image: torch.Tensor) -> bool:
-    """Whether a convolution takes it as it lies in memory."""
-    return image.is_contiguous() or _channels_last(image)
-
-
-def _channels_last(image: torch.Tensor) -> bool:
+def channels_last(image: torch.Tensor) -> bool:
+    """As cuDNN's fast kernels read images, videos and weights."""
     layout = LAYOUTS.get(image.ndim)
     return layout is not None and image.is_contiguous(memory_format=layout)
 

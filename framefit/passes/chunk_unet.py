@@ -103,6 +103,6 @@ def _lines(x: torch.Tensor, width: int, elements: int) -> list[slice]:
 def _changes(norm: nn.GroupNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of (B, F, C, H, W), over all frames: what each channel is multiplied by and moved by, (B, 1, C, 1, 1) each."""
     batch, frames = x.shape[:2]
-    variances, means = moments(x.reshape(batch, frames, norm.num_groups, -1), (3,))
+    variances, means = moments(x.reshape(batch, frames, norm.num_groups, -1), 3)
     scale, shift = changes(norm, (variances.transpose(1, 2), means.transpose(1, 2)))
     return scale[:, None, :, None, None], shift[:, None, :, None, None]

@@ -30,6 +30,9 @@ from framefit.passes.strips import enlarged, halved, over_frames
 
 __all__ = ["hooked"]
 
+SUMMED = 255
+"""Elements that a sum on a card never shares out (aten/src/ATen/native/cuda/Reduce.cuh, max_values_per_thread)."""
+
 
 def hooked(vae: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
     """The modules of a VAE that compute by these hooks."""
@@ -67,10 +70,15 @@ class _MagvitResidual(ModelHook):  # type: ignore[misc]
 
 
 class _MagvitNorm(ModelHook):  # type: ignore[misc]
-    """(F, C, H, W), every frame by itself. The parts of a group are its channels, which lie alike in memory."""
+    """(F, C, H, W), every frame by itself. The parts of a group are pieces of its channels' rows, so short and so many
+    that a card sums up each by itself: sums of longer ones take half a GiB to meet in."""
 
     def new_forward(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-        variances, means = (each.view(len(x), norm.num_groups, -1) for each in moments(x, (2, 3)))
+        width = x.shape[3]
+        short = next(size for size in range(min(width, SUMMED), 0, -1) if width % size == 0)
+        count, groups = len(x), norm.num_groups
+        parts = moments(x.movedim(1, -1).reshape(count, -1, short, x.shape[1]), 2)  # (F, parts, C)
+        variances, means = (p.view(*p.shape[:2], groups, -1).transpose(1, 2).flatten(2) for p in parts)
         scale, shift = changes(norm, (variances, means))
         return normed(x, scale[..., None, None], shift[..., None, None])
 

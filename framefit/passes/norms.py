@@ -17,11 +17,11 @@ Moments = tuple[torch.Tensor, torch.Tensor]
 """Variances and means, in fp32."""
 
 
-def moments(x: torch.Tensor, axes: tuple[int, ...]) -> Moments:
-    """Over `axes`, the last ones."""
-    variances = torch.empty(x.shape[: -len(axes)], dtype=torch.float32, device=x.device)
-    torch.var(x, axes, correction=0, out=variances)  # it has no `dtype`; a result in fp32 has it compute so
-    return variances, x.mean(axes, dtype=torch.float32)
+def moments(x: torch.Tensor, axis: int) -> Moments:
+    """Over one axis."""
+    variances = torch.empty((*x.shape[:axis], *x.shape[axis + 1 :]), dtype=torch.float32, device=x.device)
+    torch.var(x, axis, correction=0, out=variances)  # it has no `dtype`; a result in fp32 has it compute so
+    return variances, x.mean(axis, dtype=torch.float32)
 
 
 def changes(norm: nn.GroupNorm, parts: Moments) -> tuple[torch.Tensor, torch.Tensor]:

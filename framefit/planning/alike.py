@@ -60,7 +60,8 @@ def latent_frames(
 def calls(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
     """Modules of a VAE that are called with equal shapes again and again, as over a video's chunks, run twice.
 
-    The first call of a row may fill what later ones find; from the third on, each is as the second was.
+    The first call of a row may fill what later ones find; from the third on, each is as the second was. What a module
+    remembers is full after the second of all its calls: where these are the first of a row, it is the third.
     """
     children = {child: child.__dict__.get("forward") for child in _units(part)}
     for child in children:
@@ -75,7 +76,8 @@ def calls(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
 
 
 def repeated(forward: Callable[..., Any], live: Live, tally: Tally) -> Callable[..., Any]:
-    """`forward`, whose third call in a row with equal shapes, and all that follow, are as the second was."""
+    """`forward`, whose third call in a row with equal shapes (of the very first row, the fourth), and all that follow,
+    are as the one before was."""
     return partial(_as_before, forward, _Last(), live, tally)
 
 
@@ -130,8 +132,8 @@ class _Last:
     """The last call of a module."""
 
     shapes: Any = None
-    times: int = 0
-    """In a row."""
+    times: int = -1
+    """In a row; of the first row one less."""
     rise: Rise = field(default_factory=Rise)
     counts: Counts = field(default_factory=Counts)
     result: Any = None
@@ -148,7 +150,7 @@ def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tall
     shapes = [
         (x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs, tally.times))
     ]
-    last.times = last.times + 1 if shapes == last.shapes else 1
+    last.times = last.times + 1 if last.shapes in (None, shapes) else 1
     last.shapes = shapes
     if last.times > 2:
         return last.again(live, tally)

@@ -19,9 +19,7 @@ __all__ = ["CANDIDATES", "RUNG", "Candidates", "ladder", "places", "usual"]
 RUNG = 1.01
 """Least seconds of a phase over those with the value before: what lets the search stop. At true size the dry run tells
 0.984 (A14B, chunks of 16384 rows, whose modulation is the norm's own; an H200 took 1.013) to 2 (the 5B, tiles of 128
-px), and 0.89 for Wan's VAEs with their memories in RAM and 0.78 for EasyAnimate's by frames, which no card has shown
-yet: there the search takes what fits first. With a bound below 0.984 most plans would cost two dry runs more, for at
-most 3 % of their seconds."""
+px). With a bound below 0.984 most plans would cost two dry runs more, for at most 3 % of their seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,8 @@ def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
         near = tuple(f"blend:{px}" for px in (512, 384, 320, 256, 192, 112))  # in half of the bytes
         return ("whole", "ram", "ram:640", "ram:448", "tile:512", "tile:256", "tile:128", *near)
-    return ("whole", "frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
+    # by frames EasyAnimate's is sooner than whole, and smaller
+    return ("frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
 
 
 def _chunk(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -73,10 +72,13 @@ CANDIDATES: tuple[Candidates, ...] = (
 def usual(plan: Plan, checkpoint: Checkpoint, *, keep_asked: bool = True) -> Plan:
     """`plan` with the first value of every setting that nobody asked for, or of all of them."""
     first = {each.kind: each.values(checkpoint)[0] for each in CANDIDATES} | {Offload: "none"}
-    settings = tuple(
-        s if (keep_asked and s.asked) or type(s) not in first else type(s)(value=first[type(s)]) for s in plan.settings
-    )
-    return replace(plan, settings=settings)
+
+    def stays(setting: Setting) -> bool:
+        if setting.asked:
+            return keep_asked or type(setting) not in first
+        return first.get(type(setting), setting.value) == setting.value
+
+    return replace(plan, settings=tuple(s if stays(s) else type(s)(value=first[type(s)]) for s in plan.settings))
 
 
 def ladder(each: Candidates, plan: Plan, checkpoint: Checkpoint, tier: Tier) -> tuple[str, ...]:

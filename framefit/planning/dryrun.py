@@ -29,8 +29,7 @@ from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, P
 from framefit.families.parts import weights as weights_of
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak
-from framefit.ledger.operators import gapless
-from framefit.ledger.shelf import Shelf
+from framefit.ledger.operators import channels_last
 from framefit.ledger.transfer import Transfer, transfer_for
 from framefit.passes import apply_all
 from framefit.passes.guidance import guided
@@ -102,9 +101,9 @@ def followed(
     live = Live(_tensors(parts), lambda: at_work[-1] if at_work else "", workspace)
     tally = Tally(card=plan.device.id != "cpu")
     transfer = transfer_for(parts.device, _tensors(parts))
-    way = _Way(parts, plan, live, tally, known, transfer)
     moving = {module: sizes for each in cuts.values() for module, sizes in each.modules.items()}
     spent = Spent(tally)
+    way = _Way(parts, plan, live, tally, known, transfer, spent)
     with ExitStack() as stack:
         stack.enter_context(_fakeness(parts))
         stack.enter_context(_following(modules, standing, moving, at_work, tally, spent))
@@ -117,7 +116,7 @@ def followed(
             each=partial(alike.tiles, tally, transfer, bool(parts.pieces.shelf)),
             over=partial(alike.groups, tally, transfer),
             made=partial(alike.latent_frames, live, tally),
-            shelf=parts.pieces.shelf and partial(Shelf, transfer),
+            shelf=parts.pieces.shelf and partial(spent.shelf, transfer),
         )
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
@@ -131,6 +130,7 @@ def followed(
             pieces={part: cuts[part].shared(spent.seconds) for part in way.used[name] if part in cuts},
             gives=way.gave.get(name, {}),
             shelf_bytes=way.shelved.get(name, 0),
+            streams=way.streams.get(name, ()),
         )
         for name, peak in live.phases.items()
     )  # fmt: skip
@@ -147,11 +147,14 @@ class _Way:
     known: Mapping[str, Given]
     transfer: Transfer
     """Of what lies in RAM between two uses."""
+    spent: Spent
     used: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Phase -> the components that it needs."""
     gave: dict[str, Given] = field(default_factory=dict)
     shelved: dict[str, int] = field(default_factory=dict)
     """Phase -> bytes of RAM in which tensors lie between two uses."""
+    streams: dict[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
+    """Phase -> stages between which they move, as `PhaseTrace` has them."""
 
     @contextmanager
     def _phase(self, name: str, *needs: str) -> Iterator[None]:
@@ -162,6 +165,7 @@ class _Way:
             yield
             for there_and_back in ("device_to_host", "host_to_device"):
                 self.tally.move(there_and_back, self.transfer.returned_bytes - before[0])
+            self.streams[name] = self.spent.stages()
         self.shelved[name] = self.transfer.pieces_bytes - before[1]
 
     def _given(self, name: str, needs: Sequence[str], call: Callable[[], Tensors]) -> Tensors:
@@ -274,14 +278,19 @@ def _models(stage: str, checkpoint: Checkpoint) -> tuple[str, ...]:
 def _workspace(func: Any, args: Any, result: Any) -> int:
     """Bytes that an operator takes on a card beside its tensors.
 
-    cuDNN's fast kernels are channels-last: of channels-first input and output it makes copies, within 2 % of what
-    encoders and decoders took beyond their tensors on an H200 (LOG, dry run). Torch has copied an input with gaps
-    before, as a slice of frames is (aten/src/ATen/native/Convolution.cpp, `input.contiguous`). A softmax that is safe
-    where a row has no key asks every score whether it is one (native/transformers/attention.cpp). What is
-    channels-last needs no copies; it is counted alike until a card has shown what its kernels take then.
+    cuDNN's fast kernels are channels-last: of channels-first input and output it makes copies, of channels-last ones
+    none but of the weight, within 2 % of what encoders and decoders took beyond their tensors on an H200 (LOG, dry
+    run). A single picture counts as channels-first: torch gives a fake view of it other strides. Torch has copied an
+    input with gaps before, as a slice of frames is (aten/src/ATen/native/Convolution.cpp, `input.contiguous`). A
+    softmax that is safe where a row has no key asks every score whether it is one
+    (native/transformers/attention.cpp).
     """
     if func._overloadpacket in CONVOLUTIONS:
-        return int(args[0].nbytes * (1 if gapless(args[0]) else 2) + result.nbytes)
+        image, weight = args[:2]
+        if (image.ndim == 5 or len(image) > 1) and channels_last(image):
+            return int(weight.nbytes)
+        gapless = image.is_contiguous() or channels_last(image)
+        return int(image.nbytes * (1 if gapless else 2) + result.nbytes)
     return int(result.numel()) if func._overloadpacket is torch.ops.aten._safe_softmax else 0
 
 

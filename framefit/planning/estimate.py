@@ -199,29 +199,30 @@ def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates
     times = steps_of(plan.request, checkpoint).get(trace.name.removeprefix("denoise:"), 1)
     # what lies in RAM goes there and comes from there, both ways at once, wherever weights are
     moved = max(trace.bytes["host_to_device"], trace.bytes["device_to_host"] if trace.shelf_bytes else 0)
-    step = _beside(sum(work.values()), moved, trace.streams or ((1.0, moved),), plan.offload, known)
+    way = "both_ways" if trace.shelf_bytes else plan.offload
+    step = _beside(sum(work.values()), moved, trace.streams or ((1.0, moved),), way, known)
     begin = _copied(trace.onload_bytes, plan.offload, known)
     if plan.device.id != "cpu":
         begin += new * known.first_s + trace.shelf_bytes / known.pinned_gb_per_s / 1e9
     return begin + times * step
 
 
-def _beside(work_s: float, bytes: int, streams: Sequence[tuple[float, int]], offload: str, known: Rates) -> float:
+def _beside(work_s: float, bytes: int, streams: Sequence[tuple[float, int]], way: str, known: Rates) -> float:
     """Seconds of a step of `work_s` while `bytes` come, as often as it takes through all of `streams`.
 
     A piece comes while the one before it computes: it is waited for where that takes less long. What is copied takes
     its share of the card's memory, too.
     """
     often = bytes / (sum(size for _, size in streams) or 1)
-    waits = (often * _copied(size, offload, known) - share * work_s for share, size in streams)
+    waits = (often * _copied(size, way, known) - share * work_s for share, size in streams)
     return work_s + sum(max(0.0, wait) for wait in waits) + bytes / known.memory_gb_per_s / 1e9
 
 
-def _copied(bytes: int, offload: str, known: Rates) -> float:
-    """Seconds in which weights come to the device."""
-    if offload == "disk":
+def _copied(bytes: int, way: str, known: Rates) -> float:
+    """Seconds in which weights come to the device, from where `offload` has them, or memories move "both_ways"."""
+    if way == "disk":
         return bytes / DISK_GB_PER_S / 1e9
-    return known.copy_seconds("host_to_device", bytes) or 0.0
+    return known.copy_seconds(way if way == "both_ways" else "host_to_device", bytes) or 0.0
 
 
 def _load(

@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from framefit.families import Checkpoint
 from framefit.plan import Offload, Plan, Setting, Tier
 from framefit.planning.because import reasoned
-from framefit.planning.candidates import CANDIDATES, RUNG, Candidates, ladder, places
+from framefit.planning.candidates import CANDIDATES, RUNG, Candidates, ladder, places, usual
 from framefit.planning.estimate import estimated, with_phases
 from framefit.planning.moved import blocks, can_move, moved
 from framefit.planning.phase import PhaseTrace
@@ -67,7 +67,7 @@ class Option:
 
 
 def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
-    """`plan` with its estimate; where it does not fit, with the fastest settings that do, and a reason for each.
+    """`plan` with its estimate and the fastest settings that fit, and a reason for each that was changed.
 
     What the user asked for stays.
 
@@ -76,13 +76,16 @@ def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
     Args:
         tier: the weakest that a setting may have that nobody asked for.
     """
-    first = estimated(plan, checkpoint)
-    if first.feasible or not first.estimate.phases:
+    soonest = usual(plan, checkpoint)
+    first = estimated(soonest, checkpoint)
+    if not first.estimate.phases:
+        return replace(plan, estimate=first.estimate)
+    if first.feasible and soonest == plan:
         return first
-    search = _Search(plan, checkpoint, tier)
+    search = _Search(soonest, checkpoint, tier)
     found = search.best() or search.leanest()
     before = {
-        s.type: search.before(found, s) if found.plan.feasible else found.plan  # nothing fits: it is the leanest
+        s.type: search.before(found, s, stood) if found.plan.feasible else found.plan  # nothing fits: it is the leanest
         for s, stood in zip(found.plan.settings, plan.settings, strict=True)
         if s != stood
     }
@@ -181,16 +184,17 @@ class _Search:
             rung * any(map(each.lightens, values)) for rung, (each, values) in zip(self.last, self.ladders, strict=True)
         )
 
-    def before(self, option: Option, setting: Setting) -> Plan:
-        """As `option`, with the value of one type that comes before its own; of offload, the level before, or for none
-        the one that the search began with."""
-        if isinstance(setting, Offload):
-            begun = self.plan.offload
-            level = {"none": begun, "part": "none", "block": "part", "leaf": "block", "disk": "block"}[setting.level]
+    def before(self, option: Option, setting: Setting, stood: Setting) -> Plan:
+        """As `option`, with the value of one type that comes before its own; of offload, the level before. Before
+        the first one comes what `stood` there."""
+        if isinstance(setting, Offload) and setting.level != "none":
+            level = {"part": "none", "block": "part", "leaf": "block", "disk": "block"}[setting.level]
             return next(o.plan for o in self.options(option.rungs) if o.plan.offload == level)
         rungs = tuple(
             rung - (each.kind.type == setting.type) for (each, _), rung in zip(self.ladders, option.rungs, strict=True)
         )
+        if min(rungs) < 0 or isinstance(setting, Offload):
+            return estimated(_with(option.plan, {setting.type: stood.value}), self.checkpoint)
         place = option.plan.setting(Offload).value
         return next(o.plan for o in self.options(rungs) if o.plan.setting(Offload).value == place)
 

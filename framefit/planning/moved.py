@@ -64,7 +64,7 @@ def _moved(trace: PhaseTrace, levels: Mapping[str, str], kept: int) -> PhaseTrac
         trace, weights_bytes={name: split.whole_bytes + split.rooms_bytes for name, split in splits.items()},
         onload_bytes=sum(split.whole_bytes for split in splits.values()),
         bytes={**trace.bytes, "host_to_device": trace.bytes["host_to_device"] + copied},
-        streams=max((split.order for split in splits.values()), key=len, default=()),
+        streams=max((split.order for split in splits.values()), key=len, default=()) or trace.streams,
     )  # fmt: skip
 
 

@@ -54,10 +54,11 @@ def _measure(device: str, name: str) -> Rates:
     }
     if device != "cpu":
         tflops["matmul"] |= dict(_eight_bit(device))
-    ways = {"to": None, "from": None} if device == "cpu" else dict(_host_copies(device))
+    ways = {"to": None, "from": None, "both": None} if device == "cpu" else dict(_host_copies(device))
     best = Rates(
         device=name, torch=torch.__version__, tflops=tflops, memory_gb_per_s=_best(_memory_copy(device), device) * 1e3,
-        host_to_device_gb_per_s=ways["to"], device_to_host_gb_per_s=ways["from"], launch_s=sized.launch_s(device),
+        host_to_device_gb_per_s=ways["to"], device_to_host_gb_per_s=ways["from"],
+        both_ways_gb_per_s=ways["both"], launch_s=sized.launch_s(device),
         random_per_s=sized.random_per_s(), first_s=sized.first_s(device), pinned_gb_per_s=sized.pinned_gb_per_s(device),
     )  # fmt: skip
     return sized.measured(best, device)
@@ -117,11 +118,21 @@ def _memory_copy(device: str) -> Iterator[Probe]:
 
 
 def _host_copies(device: str) -> Iterator[tuple[str, float]]:
-    pinned = torch.empty(2**26, pin_memory=True)
-    on_card = torch.empty(2**26, device=device)
-    for way, target, source in (("to", on_card, pinned), ("from", pinned, on_card)):
-        call = (source.nbytes, lambda target=target, source=source: target.copy_(source, non_blocking=True))
-        yield way, _best(iter([call]), device) * 1e3
+    sent, back = (torch.empty(2**26, pin_memory=True) for _ in range(2))
+    on_card, other = (torch.empty(2**26, device=device) for _ in range(2))
+    streams = [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def copy(*pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        current = torch.cuda.current_stream(device)
+        for stream, (target, source) in zip(streams, pairs, strict=False):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+            current.wait_stream(stream)
+
+    to, away = (on_card, sent), (back, other)
+    for way, pairs in (("to", (to,)), ("from", (away,)), ("both", (to, away))):
+        yield way, _best(iter([(sent.nbytes, partial(copy, *pairs))]), device) * 1e3
 
 
 def _sized(device: str, dtype: torch.dtype, *, card: int, cpu: int) -> int:
