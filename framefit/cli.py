@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from framefit import __version__, commands
+from framefit.device import Budget
 from framefit.errors import FramefitError, UsageError
 from framefit.plan import QUALITIES
 from framefit.request import Request
@@ -239,7 +240,7 @@ def _bench_flags(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--weights", metavar="MODEL", help="random, a model id or a local folder")
     command.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
-    _vram_flag(command)
+    _budget_flags(command, "vram")
     command.add_argument("--repeats", type=_count, metavar="N", help="measured calls a row (default: 5, by length)")
     command.add_argument("--profile", action="store_true", help="show where the time of a call goes, too")
     command.add_argument(
@@ -291,24 +292,10 @@ def _option_flags(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _vram_flag(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--vram",
-        type=_bytes,
-        metavar="SIZE",
-        help="most that torch may reserve of the card, e.g. 12GiB (default: free)",
-    )
-
-
-def _budget_flags(command: argparse.ArgumentParser) -> None:
-    _vram_flag(command)
-    what = {
-        "ram": "keep in RAM (default: free); of a named card, what its machine has",
-        "pinned": "pin of RAM for a card",
-        "disk": "write as temporary files (default: free)",
-    }
-    for name, told in what.items():
-        command.add_argument(f"--{name}", type=_bytes, metavar="SIZE", help=f"most that the plan may {told}")
+def _budget_flags(command: argparse.ArgumentParser, *only: str) -> None:
+    told = Budget.flags()
+    for name in only or told:
+        command.add_argument(f"--{name}", type=_bytes, metavar="SIZE", help=told[name])
 
 
 def _output_flags(command: argparse.ArgumentParser) -> None:

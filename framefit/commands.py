@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from framefit import plans
+from framefit.device import Budget
 from framefit.errors import DoesNotFit, FramefitError, UsageError
 from framefit.plan import QUALITIES
 from framefit.request import Lora, Request
 
 if TYPE_CHECKING:
-    from framefit.device import Budget
     from framefit.families import Checkpoint
     from framefit.ledger import Ledger
     from framefit.pipeline import Pipeline
@@ -200,7 +200,7 @@ def diagnose(flags: Namespace) -> None:
 
     if flags.profile:
         beside = {"--layers": flags.layers, "--output": flags.output}
-        beside |= {f"--{name}": getattr(flags, name) for name in ("vram", "ram", "pinned", "disk")}
+        beside |= {f"--{name}": getattr(flags, name) for name in Budget.flags()}
         if given := [*_asked(flags), *(flag for flag, value in beside.items() if value)]:
             raise UsageError(f"--from reads what was measured before, and {given[0]} asks to measure: leave one out.")
         case = findings.read(flags.profile)
@@ -217,8 +217,7 @@ def _losses(flags: Namespace, pipeline: Pipeline) -> list[Loss]:
     from framefit.profiling.layers import losses, untouched
 
     # the limit is for the plan's model, which is loaded
-    flags.precision, flags.settings, flags.untuned = None, [], True
-    flags.vram = flags.ram = flags.pinned = flags.disk = None
+    vars(flags).update({"precision": None, "settings": [], "untuned": True} | dict.fromkeys(Budget.flags()))
     checkpoint, reference = _prepared(flags)
     chosen = [(plan.precision, [(s.type, s.value) for s in plan.settings]) for plan in (pipeline.plan, reference)]
     if chosen[0] == chosen[1]:
@@ -445,9 +444,7 @@ def _prepared(flags: Namespace) -> tuple[Checkpoint, Plan]:
 
 
 def _budget(flags: Namespace) -> Budget:
-    from framefit.device import Budget
-
-    return Budget(vram_bytes=flags.vram, ram_bytes=flags.ram, pinned_bytes=flags.pinned, disk_bytes=flags.disk)
+    return Budget(**{f"{name}_bytes": getattr(flags, name) for name in Budget.flags()})
 
 
 def _refuse_with_resume(flags: Namespace) -> None:

@@ -14,7 +14,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,18 +35,28 @@ WINDOWS_PINS = 0.45
 """Of RAM, which is as much as other tools of this field dare to pin under Windows, in a Linux inside of it too."""
 
 
+def _most(help: str) -> Any:
+    """A field with what its flag says."""
+    return field(default=None, metadata={"help": f"most that {help}"})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """Most that a run may take; None: what there is."""
+    """Most that a run may take; None: what there is. Each field is a flag of the command line."""
 
-    vram_bytes: int | None = None
+    vram_bytes: int | None = _most("torch may reserve of the card, e.g. 12GiB (default: free)")
     """Reserved of the card, which is enforced."""
-    ram_bytes: int | None = None
+    ram_bytes: int | None = _most("the plan may keep in RAM (default: free); of a named card, what its machine has")
     """Of RAM; with a card that is only named, what the machine has that it is in."""
-    pinned_bytes: int | None = None
+    pinned_bytes: int | None = _most("the plan may pin of RAM for a card")
     """Of that, pinned for a card."""
-    disk_bytes: int | None = None
+    disk_bytes: int | None = _most("the plan may write as temporary files (default: free)")
     """Of temporary files."""
+
+    @classmethod
+    def flags(cls) -> dict[str, str]:
+        """Name of a flag, without dashes -> its help."""
+        return {each.name.removesuffix("_bytes"): each.metadata["help"] for each in fields(cls)}
 
 
 ALL = Budget()
@@ -229,12 +239,11 @@ class Device:
         for flag, (asked, free) in there.items():
             if asked is not None and free is not None and asked > free:
                 raise DoesNotFit(f"{flag} is {asked / GIB:.2f} GiB and {free / GIB:.2f} GiB are free: ask for no more.")
-        ram, disk = ((free if asked is None else asked) for asked, free in there.values())
-        pinned = self.pinned_limit_bytes if budget.pinned_bytes is None else budget.pinned_bytes
-        return replace(
-            self, ram_free_bytes=ram or 0, ram_limit_bytes=budget.ram_bytes, disk_free_bytes=disk,
-            pinned_limit_bytes=pinned,
-        )  # fmt: skip
+        limits: dict[str, Any] = {
+            "ram_free_bytes": budget.ram_bytes, "ram_limit_bytes": budget.ram_bytes,
+            "pinned_limit_bytes": budget.pinned_bytes, "disk_free_bytes": budget.disk_bytes,
+        }  # fmt: skip
+        return replace(self, **{name: limit for name, limit in limits.items() if limit is not None})
 
     def _limited(self, vram_bytes: int | None) -> Self:
         if vram_bytes is None:

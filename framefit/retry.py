@@ -27,8 +27,8 @@ def watch_for(plan: Plan, checkpoint: Checkpoint) -> Watch:
     """For seams only where the plan may make some: an edge of the scene looks like one."""
     vae = [setting for setting in suspects(plan, checkpoint, seam_alone=True) if decoding(setting)]
     known = [setting for setting in vae if isinstance(setting, Decode)]
-    met = borders(checkpoint, plan.request, known[0].tile_px) if known == vae and known else {}
-    return Watch(thin=True, seams=bool(vae), borders={axis: tuple(lines) for axis, lines in met.items()})
+    met = borders(checkpoint, plan.request, known[0].tile_px) if known and known == vae else {}
+    return Watch(thin=True, seams=bool(vae), borders=met)
 
 
 @dataclass(slots=True)

@@ -53,7 +53,6 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
         for start in range(1, len(video), step):
             yield torch.cat([*video[start : start + step]], dim=2)
 
-    count = 1 + (len(video) - 1) // most
     if pieces.shelf:
         stages = [_stage(encoder.conv_in), *_small(encoder), _end(encoder)]
         made = shelved([{None: stages}], taken(), count, pieces)

@@ -225,7 +225,7 @@ class _Canvas:
 
 def painted(
     tiles: Sequence[Tile], pieces: Pieces, decode: Callable[[Tile], Iterator[torch.Tensor]], scale: int,
-    num_frames: int, reach: int = 0,
+    num_frames: int, reach: int,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
     """The frames of all tiles side by side, uint8 (f, H, W, 3): as the last tile gives them, and before it none.
 
@@ -245,12 +245,12 @@ def painted(
             yield frames if tile is tiles[-1] else frames[:0]
 
 
-def borders(checkpoint: Checkpoint, request: ResolvedRequest, tile_px: int) -> dict[str, list[int]]:
+def borders(checkpoint: Checkpoint, request: ResolvedRequest, tile_px: int) -> dict[str, tuple[int, ...]]:
     """Where the tiles of a picture begin but for the first, in pixels of each axis."""
     stride = checkpoint["vae"].config.get("scale_factor_spatial", 8)  # diffusers' own default
     tiles = Pieces(tile_px=tile_px).tiles(request.height // stride, request.width // stride, stride)
     spans = {"x": {tile.columns.start for tile in tiles}, "y": {tile.rows.start for tile in tiles}}
-    return {axis: [start * stride for start in sorted(starts) if start] for axis, starts in spans.items()}
+    return {axis: tuple(start * stride for start in sorted(starts) if start) for axis, starts in spans.items()}
 
 
 def _spans(whole: int, most: int) -> list[Span]:

@@ -27,6 +27,8 @@ __all__ = ["decoded", "encoded"]
 
 KEPT = 2
 """Frames that a convolution over three remembers."""
+TAKEN = 2
+"""Frames that a layer takes at once where memories lie in RAM; as many as one needs that makes one of two."""
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,9 +52,8 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
         yield from frames(shelved(_up_by_layer(vae.decoder, tiles), taken, len(taken), pieces))
         return
     middle = _chain(_convolution(vae.decoder.conv_in), _block(vae.decoder.mid_block))
-    features: Iterable[torch.Tensor] = map(middle, taken)
-    if tiles:  # every one of them begins from these
-        features = list(pieces.made(map(middle, taken), len(taken), 1))
+    coming = map(middle, taken)
+    features = list(pieces.made(coming, len(taken), 1)) if tiles else coming  # every tile begins from these
 
     stages, reach = _up, 0
     if pieces.blend:
@@ -86,12 +87,12 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
         return pieces.made(through(_down(vae.encoder), taken(), tile, one_by_one=one_by_one), count, 1)
 
     if pieces.shelf:
-        out = gathered(shelved(_down_by_layer(vae.encoder, tiles), taken(), count, pieces), count)
+        made = shelved(_down_by_layer(vae.encoder, tiles), taken(), count, pieces)
     else:
         shrunk = side_by_side(pieces.each(tiles), features, 1) if tiles else features(None)
         middle = _chain(_block(vae.encoder.mid_block), _end(vae.encoder))
-        out = torch.cat(list(pieces.made((middle(feature) for feature in shrunk), count, 1)), dim=2)
-    mean: torch.Tensor = vae.quant_conv(out).chunk(2, dim=1)[0]
+        made = pieces.made(map(middle, shrunk), count, 1)
+    mean: torch.Tensor = vae.quant_conv(gathered(made, count)).chunk(2, dim=1)[0]
     return mean
 
 
@@ -155,12 +156,13 @@ def _up_by_layer(decoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
             made += _around(layers, shortcut) if (shortcut := getattr(block, "avg_shortcut", None)) else layers
         return [*made, _remembering(_end, decoder, decoder.conv_out)]
 
+    whole = rows()
     if not tiles:
-        return [{None: [stage for stage, _ in rows()]}]
-    ups = [i for i, (_, layers) in enumerate(rows()) if _resamples(*layers)]
+        return [{None: [stage for stage, _ in whole]}]
+    ups = [i for i, (_, layers) in enumerate(whole) if _resamples(*layers)]
     begin, scale = ups[-2:][0], _growth(decoder.up_blocks)
     return [
-        {None: [stage for stage, _ in rows()[:begin]]},
+        {None: [stage for stage, _ in whole[:begin]]},
         {tile: stages_of(tile, _measured(rows()[begin:], scale)) for tile in tiles},
     ]
 
@@ -173,13 +175,14 @@ def _down_by_layer(encoder: Any, tiles: Sequence[Tile]) -> list[Stretch]:
         made += [_remembering(_block, layer) for layer in encoder.down_blocks]
         return [*made, *_middle(encoder.mid_block), _remembering(_end, encoder, encoder.conv_out)]
 
+    whole = rows()
     if not tiles:
-        return [{None: [stage for stage, _ in rows()]}]
-    downs = [i for i, (_, layers) in enumerate(rows()) if _resamples(*layers)]
+        return [{None: [stage for stage, _ in whole]}]
+    downs = [i for i, (_, layers) in enumerate(whole) if _resamples(*layers)]
     end, scale = downs[:2][-1] + 1, 2 ** len(downs[2:])
     return [
         {tile: stages_of(tile, _measured(rows()[:end], scale)) for tile in tiles},
-        {None: [stage for stage, _ in rows()[end:]]},
+        {None: [stage for stage, _ in whole[end:]]},
     ]
 
 
@@ -191,9 +194,9 @@ def _middle(middle: Any) -> list[Row]:
     return made
 
 
-def _remembering(build: Callable[..., Run], layer: Any, looks: nn.Module | None = None, takes: int = KEPT) -> Row:
+def _remembering(build: Callable[..., Run], layer: Any, looks: nn.Module | None = None) -> Row:
     memory: list[Any] = []
-    return Stage(run=build(layer, memory=memory), memory=memory, takes=takes), (looks or layer,)
+    return Stage(run=build(layer, memory=memory), memory=memory, takes=TAKEN), (looks or layer,)
 
 
 def _around(rows: Sequence[Row], shortcut: DupUp3D) -> list[Row]:

@@ -172,7 +172,11 @@ class Transfer:
         """All is put."""
 
     def piece(self, bytes: int) -> Piece:
+        """Raises `DoesNotFit` where the host has no memory to pin."""
         self.pieces_bytes += bytes
+        return self._piece(bytes)
+
+    def _piece(self, bytes: int) -> Piece:
         return Piece(torch.empty(bytes, dtype=torch.uint8))
 
     def put_piece(self, piece: Piece, bytes: int, room: Room, at: int) -> None:
@@ -237,9 +241,7 @@ class CardTransfer(Transfer):
         slab.pack(lambda bytes: self._pinned(slab, bytes))
         return slab
 
-    def piece(self, bytes: int) -> Piece:
-        """Raises `DoesNotFit` where the host has no memory to pin."""
-        self.pieces_bytes += bytes
+    def _piece(self, bytes: int) -> Piece:
         read, written = torch.cuda.Event(blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
         piece = Piece(torch.empty(0, dtype=torch.uint8), read, written)
         piece.memory = self._pinned(piece, bytes)
@@ -333,8 +335,7 @@ class NoTransfer(Transfer):
     def copy(self, slab: Slab, room: Room) -> None:
         self.moved_bytes += slab.bytes
 
-    def piece(self, bytes: int) -> Piece:
-        self.pieces_bytes += bytes
+    def _piece(self, bytes: int) -> Piece:
         return Piece(torch.empty(0, dtype=torch.uint8))
 
     def send(self, tensor: torch.Tensor, piece: Piece) -> None:

@@ -38,7 +38,7 @@ def over_frames(
 
     def take(top: int, bottom: int) -> torch.Tensor:
         rows = slice(top // scale, bottom // scale)
-        parts = [torch.zeros_like(like[..., rows, :]) if each is None else each[..., rows, :] for each in frames]
+        parts = [torch.zeros_like(like[..., rows, :]) if frame is None else frame[..., rows, :] for frame in frames]
         return _grown(_joined(parts), scale)
 
     bytes = len(frames) * like.nbytes * scale**2

@@ -39,9 +39,7 @@ def _because(setting: Setting, plan: Plan, other: Plan) -> str:
             return f"{seconds[0]}, and {seconds[1]} with {setting.type}={value}"
         return "the leanest that there is" if not plan.feasible else f"before {setting.type}={value} in the order"
     phase = max(other.estimate.phases, key=other.excess_bytes)
-    over = other.excess(phase)
-    place = max(over, key=lambda each: over[each])
-    need, there = other.needs(phase)[place]
+    place, (need, there) = max(other.needs(phase).items(), key=lambda each: each[1][0] - each[1][1])
     return (
         f"{phase.name} needs {need / GIB:.1f} GiB{WHERE[place]} with {setting.type}={value} and {there / GIB:.1f} GiB "
         f"are there"

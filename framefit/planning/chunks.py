@@ -22,8 +22,10 @@ def once(tally: Tally) -> Iterator[None]:
             compute(first)
             if others:
                 tally.times *= len(others)
-                compute(others[0])
-                tally.times //= len(others)
+                try:
+                    compute(others[0])
+                finally:
+                    tally.times //= len(others)
 
     token = LOOP.set(loop)
     try:

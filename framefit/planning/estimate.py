@@ -93,32 +93,34 @@ def check_fits(plan: Plan, ways: Sequence[object] = ()) -> None:
     fits_with = f"it fits with {'; or '.join(map(str, ways))}, or " if ways else "use "
     limit = "" if plan.device.ram_limit_bytes is None else " by --ram"
     weights_fit = plan.estimate.weights_bytes <= plan.estimate.free_bytes
-    resident = "offload=none, " if weights_fit else ""
+    elsewhere = ("" if plan.offload == "disk" else "offload=disk, ") + ("offload=none, " if weights_fit else "")
+
+    def most(place: str) -> tuple[str, int, int]:
+        """The phase that lacks most of a place, what it needs there, and what there is."""
+        phase = max(plan.estimate.phases, key=lambda phase: plan.excess(phase).get(place, 0))
+        return phase.name, *plan.needs(phase)[place]
+
     if plan.lacks("host"):
-        phase = max(plan.estimate.phases, key=lambda phase: plan.excess(phase)["host"])
-        need, there = plan.needs(phase)["host"]
-        less = "" if plan.offload == "disk" else "offload=disk, "
+        phase, need, there = most("host")
         raise DoesNotFit(
             f"{plan.request.model} with offload={plan.offload} takes {need / 2**30:.1f} GiB of RAM in its phase "
-            f"{phase.name} and {there / 2**30:.1f} GiB are free{limit}: {fits_with}{less}{resident}a smaller model "
+            f"{phase} and {there / 2**30:.1f} GiB are free{limit}: {fits_with}{elsewhere}a smaller model "
             f"(framefit models ls); or free some."
         )
     if plan.lacks("pinned"):
-        need, there = max(plan.needs(phase)["pinned"] for phase in plan.estimate.phases)
-        less = "" if plan.offload == "disk" else "offload=disk, "
+        _, need, there = most("pinned")
         raise DoesNotFit(
             f"{plan.request.model} with offload={plan.offload} pins {need / 2**30:.2f} GiB of RAM and "
-            f"{there / 2**30:.2f} GiB may be: {fits_with}{less}{resident}or more of --pinned."
+            f"{there / 2**30:.2f} GiB may be: {fits_with}{elsewhere}or more of --pinned."
         )
     if plan.lacks("shelf"):
-        phase = max(plan.estimate.phases, key=lambda phase: phase.shelf_bytes)
-        need, there = plan.needs(phase)["shelf"]
+        phase, need, there = most("shelf")
         raise DoesNotFit(
             f"{plan.request.model} with decode={plan.setting(Decode).value} keeps {need / 2**30:.1f} GiB in RAM "
-            f"in its phase {phase.name} and {there / 2**30:.1f} GiB may be: {fits_with}another decode, or free some."
+            f"in its phase {phase} and {there / 2**30:.1f} GiB may be: {fits_with}another decode, or free some."
         )
     if plan.lacks("disk"):
-        need, there = max(plan.needs(phase)["disk"] for phase in plan.estimate.phases)
+        _, need, there = most("disk")
         raise DoesNotFit(
             f"{plan.request.model} with offload=disk writes {need / 2**30:.2f} GiB of weights below {state_folder()} "
             f"and {there / 2**30:.2f} GiB may be: {fits_with}make room, set XDG_STATE_HOME to another disk, ask "

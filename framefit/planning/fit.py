@@ -46,7 +46,7 @@ class Option:
     def relieved_by(self, each: Candidates, values: Sequence[str]) -> bool:
         """Whether another value of a type could help where it does not fit: where weights alone are too much, or RAM
         is, only one with fewer of them."""
-        if any(map(each.lightens, values)):
+        if _lighten(each, values):
             return not self.plan.feasible
         free = self.plan.estimate.free_bytes
         weights = {trace.name: sum(trace.weights_bytes.values()) for trace in self.traces}
@@ -128,7 +128,7 @@ class _Search:
             fitting = [option for option in options if option.plan.feasible]
             best = min([*fitting, *([best] if best else [])], key=lambda option: option.cost, default=None)
             lighter = any(
-                any(map(each.lightens, values[rung + 1 :])) for rung, (each, values) in zip(rungs, ladders, strict=True)
+                _lighten(each, values[rung + 1 :]) for rung, (each, values) in zip(rungs, ladders, strict=True)
             )
             hopeful = [o for o in options if (best is None or o.cost < best.cost) and (lighter or not o.too_heavy)]
             for i, (each, values) in enumerate(ladders):
@@ -181,7 +181,7 @@ class _Search:
     def lightest(self) -> Rungs:
         """The last values of what makes weights fewer, and the first ones of all else."""
         return tuple(
-            rung * any(map(each.lightens, values)) for rung, (each, values) in zip(self.last, self.ladders, strict=True)
+            rung * _lighten(each, values) for rung, (each, values) in zip(self.last, self.ladders, strict=True)
         )
 
     def before(self, option: Option, setting: Setting, stood: Setting) -> Plan:
@@ -214,6 +214,11 @@ class _Search:
             found = moved(traces, offload) if can_move(traces, offload) else traced(there, self.checkpoint)
             there = with_phases(there, self.checkpoint, found)
             yield Option(there, found, rungs, (there.estimate.seconds or 0.0, index, sum(rungs)))
+
+
+def _lighten(each: Candidates, values: Sequence[str]) -> bool:
+    """Whether there are fewer bytes of weights with some of these values."""
+    return any(map(each.lightens, values))
 
 
 def _with(plan: Plan, values: Mapping[str, str]) -> Plan:
