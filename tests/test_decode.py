@@ -538,7 +538,7 @@ def test_a_plan_says_what_lies_in_ram_and_what_moves(
     known = {phase.name.partition(":")[0]: phase.gives for phase in before}
     plan = plan_of(row, photo, size, precision="fp32", settings={"decode": "ram"})
     (said,) = dryrun.trace(plan, row, known)
-    assert said.peak_bytes < (0.8 if id == EASYANIMATE else 0.95) * frame.peak_bytes  # Wan's takes two frames at once
+    assert said.peak_bytes < (0.85 if id == EASYANIMATE else 0.95) * frame.peak_bytes  # Wan's takes two frames at once
     assert frame.shelf_bytes == frame.bytes["device_to_host"] == 0
     way = Transfer(torch.device("cpu"))
     parts = divided(vaes[id], "ram")
