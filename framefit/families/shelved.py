@@ -56,10 +56,12 @@ def shelved(
 def gathered(features: Iterable[torch.Tensor], count: int) -> torch.Tensor:
     """(1, C, `count`, h, w) of so many frames."""
     whole: torch.Tensor | None = None
-    for index, feature in enumerate(features):
+    done = 0
+    for feature in features:
         if whole is None:
             whole = feature.new_empty(*feature.shape[:2], count, *feature.shape[3:])
-        whole[:, :, index : index + 1] = feature
+        whole[:, :, done : done + feature.shape[2]] = feature
+        done += feature.shape[2]
     assert whole is not None
     return whole
 

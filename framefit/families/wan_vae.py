@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ KEPT = 2
 TAKEN = 2
 """Frames that a layer takes at once where memories lie in RAM; as many as one needs that makes one of two."""
 
+TOGETHER = 2
+"""Latent frames that go through tiles together where memories lie in RAM: they travel once for all of them."""
+
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 Row = tuple[Stage, tuple[nn.Module, ...]]
@@ -47,10 +51,12 @@ def decoded(vae: Any, latents: torch.Tensor, pieces: Pieces) -> Iterator[torch.T
 
     stride = vae.config.scale_factor_spatial
     tiles = pieces.tiles(latents.shape[3], latents.shape[4], stride)
-    taken = vae.post_quant_conv(latents).split(1, dim=2)
+    latents = vae.post_quant_conv(latents)
     if pieces.shelf:
-        yield from frames(shelved(_up_by_layer(vae.decoder, tiles), taken, len(taken), pieces))
+        groups = torch.split_with_sizes(latents, _groups(latents.shape[2], tiles), dim=2)
+        yield from frames(shelved(_up_by_layer(vae.decoder, tiles), groups, len(groups), pieces))
         return
+    taken = torch.split(latents, 1, dim=2)
     middle = _chain(_convolution(vae.decoder.conv_in), _block(vae.decoder.mid_block))
     coming = map(middle, taken)
     features = list(pieces.made(coming, len(taken), 1)) if tiles else coming  # every tile begins from these
@@ -75,25 +81,33 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
     tiles = pieces.tiles(video[0].shape[3] // stride, video[0].shape[4] // stride, stride)
     one_by_one = pieces.one_by_one or bool(tiles and not pieces.shelf)  # halos are widest where pictures are largest
 
-    def taken() -> Iterator[torch.Tensor]:
-        step = 1 if one_by_one else config.scale_factor_temporal
-        yield patchified(video[0], patch)
-        for start in range(1, len(video), step):
-            yield patchified(torch.cat([*video[start : start + step]], dim=2), patch)
+    count, each = 1 + (len(video) - 1) // config.scale_factor_temporal, config.scale_factor_temporal
 
-    count = 1 + (len(video) - 1) // config.scale_factor_temporal
+    def taken(groups: Sequence[int]) -> Iterator[torch.Tensor]:
+        coming = iter(video)
+        for frames in (1, *(each * latents for latents in groups[1:])):
+            for together in [1] * frames if one_by_one else [frames]:
+                yield patchified(torch.cat([*islice(coming, together)], dim=2), patch)
 
     def features(tile: Tile | None) -> Iterator[torch.Tensor]:
-        return pieces.made(through(_down(vae.encoder), taken(), tile, one_by_one=one_by_one), count, 1)
+        return pieces.made(through(_down(vae.encoder), taken([1] * count), tile, one_by_one=one_by_one), count, 1)
 
     if pieces.shelf:
-        made = shelved(_down_by_layer(vae.encoder, tiles), taken(), count, pieces)
+        groups = _groups(count, tiles)
+        made = shelved(_down_by_layer(vae.encoder, tiles), taken(groups), len(groups), pieces)
     else:
         shrunk = side_by_side(pieces.each(tiles), features, 1) if tiles else features(None)
         middle = _chain(_block(vae.encoder.mid_block), _end(vae.encoder))
         made = pieces.made(map(middle, shrunk), count, 1)
     mean: torch.Tensor = vae.quant_conv(gathered(made, count)).chunk(2, dim=1)[0]
     return mean
+
+
+def _groups(count: int, tiles: Sequence[Tile]) -> list[int]:
+    """Latent frames that are together on the way of memories: the first alone, an odd one before all others."""
+    size = TOGETHER if tiles else 1
+    odd = (count - 1) % size
+    return [1, *[odd] * bool(odd), *[size] * ((count - 1) // size)]
 
 
 def _up(decoder: Any) -> list[Stage]:

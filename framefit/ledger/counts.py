@@ -55,10 +55,13 @@ class Counts:
     def copy(self) -> Counts:
         return Counts(self.flops.copy(), self.bytes.copy(), self.work.copy(), self.shapes)
 
-    def add(self, other: Counts) -> None:
-        self.flops.update(other.flops)
-        self.bytes.update(other.bytes)
-        self.work.update(other.work)
+    def add(self, other: Counts, times: int = 1, of: int = 1) -> None:
+        """What was counted `of` times, now `times`."""
+        pairs: tuple[tuple[Counter[Any], Counter[Any]], ...] = (
+            (self.flops, other.flops), (self.bytes, other.bytes), (self.work, other.work),
+        )  # fmt: skip
+        for own, more in pairs:
+            own.update({key: n * times // of for key, n in more.items()})
 
     def since(self, before: Counts) -> Counts:
         """What came after it was `before`."""

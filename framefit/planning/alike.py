@@ -60,8 +60,8 @@ def latent_frames(
 def calls(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
     """Modules of a VAE that are called with equal shapes again and again, as over a video's chunks, run twice.
 
-    The first call of a row may fill what later ones find; from the third on, each is as the second was. What a module
-    remembers is full after the second of all its calls: where these are the first of a row, it is the third.
+    The first of equal calls may fill what later ones find; from the third on, each is as the second was. What a module
+    remembers is full after the second of all its calls: of those like the first of all, it is the third.
     """
     children = {child: child.__dict__.get("forward") for child in _units(part)}
     for child in children:
@@ -76,9 +76,9 @@ def calls(part: nn.Module, live: Live, tally: Tally) -> Iterator[None]:
 
 
 def repeated(forward: Callable[..., Any], live: Live, tally: Tally) -> Callable[..., Any]:
-    """`forward`, whose third call in a row with equal shapes (of the very first row, the fourth), and all that follow,
+    """`forward`, whose third call with equal shapes (of those like the very first, the fourth), and all that follow,
     are as the one before was."""
-    return partial(_as_before, forward, _Last(), live, tally)
+    return partial(_as_before, forward, {}, live, tally)
 
 
 def _units(vae: nn.Module) -> Iterator[nn.Module]:
@@ -129,38 +129,42 @@ class _Form:
 
 @dataclass(slots=True)
 class _Last:
-    """The last call of a module."""
+    """The last of equal calls."""
 
-    shapes: Any = None
-    times: int = -1
-    """In a row; of the first row one less."""
+    times: int = 0
     rise: Rise = field(default_factory=Rise)
     counts: Counts = field(default_factory=Counts)
+    stood_for: int = 1
+    """How often it was counted."""
     result: Any = None
     """The forms of its tensors."""
 
     def again(self, live: Live, tally: Tally) -> Any:
         """As if it were called once more."""
         live.rose(self.rise)
-        tally.counts.add(self.counts)
+        tally.counts.add(self.counts, tally.times, self.stood_for)
         return tree_map_only(_Form, _Form.made, self.result)
 
 
-def _as_before(forward: Callable[..., Any], last: _Last, live: Live, tally: Tally, *args: Any, **kwargs: Any) -> Any:
-    shapes = [
-        (x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs, tally.times))
-    ]
-    last.times = last.times + 1 if last.shapes in (None, shapes) else 1
-    last.shapes = shapes
+def _as_before(
+    forward: Callable[..., Any], known: dict[Any, _Last], live: Live, tally: Tally, *args: Any, **kwargs: Any
+) -> Any:
+    last = known.setdefault(_shapes(args, kwargs, tally.times > 0), _Last(times=0 if known else -1))
+    last.times += 1
     if last.times > 2:
         return last.again(live, tally)
     return _noted(partial(forward, *args, **kwargs), last, live, tally)
+
+
+def _shapes(*tree: Any) -> tuple[Any, ...]:
+    """Equal for calls that are. No name holds the leaves: what a call drops is to be gone in it."""
+    return tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves(tree))
 
 
 def _noted(call: Callable[[], Any], last: _Last, live: Live, tally: Tally) -> Any:
     before = tally.counts.copy()
     with live.rise() as rise:
         result = call()
-    last.rise, last.counts = rise, tally.counts.since(before)
+    last.rise, last.counts, last.stood_for = rise, tally.counts.since(before), max(1, tally.times)
     last.result = tree_map_only(torch.Tensor, _Form.of, result)
     return result

@@ -41,7 +41,7 @@ def _guidance(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
         near = tuple(f"blend:{px}" for px in (512, 384, 320, 256, 192, 112))  # in half of the bytes
-        return ("whole", "ram", "ram:640", "ram:448", "tile:512", "tile:256", "tile:128", *near)
+        return ("whole", "ram:640", "ram:352", "tile:512", "tile:256", "tile:128", *near)
     # by frames EasyAnimate's is sooner than whole, and smaller
     return ("frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
 
