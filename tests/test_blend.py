@@ -156,9 +156,7 @@ def test_a_vae_that_is_alone_is_rounded_too() -> None:
 
 
 @pytest.mark.parametrize("place", ["none", "part"])
-def test_a_vae_that_overflowed_stays_in_fp32(
-    place: str, make_plan: Make, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vae_that_overflowed_stays_in_fp32(place: str, make_plan: Make, tiny: Tiny) -> None:
     """Though a rung has the pass applied anew, which puts it into the plan's precision."""
     row = tiny(WAN)
     plan = replace(make_plan(row, {"offload": place}, width=160, guidance=(1.0,), steps=1), precision="fp16")

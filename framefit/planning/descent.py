@@ -20,7 +20,7 @@ class Descent:
     rungs: tuple[Rung, ...] = ()
     """Taken so far, before a crash too that the run was resumed from."""
     fixed: frozenset[str] = frozenset()
-    """Types of settings that no rung moves: those that were withdrawn."""
+    """Types of settings that no rung moves: those that were withdrawn, or for whose rung there was no memory."""
     held: bool = False
     """Whether the plan stays as it is, for whoever measures it; memory that runs out is an error then."""
 

@@ -141,12 +141,9 @@ def exhausted(plan: Plan, rungs: Sequence[Rung], phase: str, shortage: Shortage)
     reliefs = _reliefs(plan, rungs, phase, shortage)
     asked = {s.type: f"{s.type}={s.value}" for relief, s in reliefs if s.asked and relief.helps(plan)}
     leave = f", or leave out --set {' '.join(asked.values())}" if asked else ""
-    way = "ask for a smaller --size or fewer --frames"
-    if shortage.of == "host":
-        way = "free some" if plan.offload == "none" else "free some, use offload=disk or offload=none"
     return DoesNotFit(
         f"{_memory(plan, shortage)} in the phase {phase} at {request.width}x{request.height}, "
-        f"{request.num_frames} frames{tried}: {way}{leave}."
+        f"{request.num_frames} frames{tried}: {_way_out(plan, shortage)}{leave}."
     )
 
 
@@ -168,3 +165,10 @@ def _memory(plan: Plan, shortage: Shortage) -> str:
     if shortage.of == "host":
         return "the host of the card ran out of memory, or of what may be pinned of it,"
     return f"{plan.device.name} ran out of memory"
+
+
+def _way_out(plan: Plan, shortage: Shortage) -> str:
+    if shortage.of != "host":
+        return "ask for a smaller --size or fewer --frames"
+    other = {"none": "", "disk": " or use offload=none"}.get(plan.offload, ", use offload=disk or offload=none")
+    return f"free some{other}"
