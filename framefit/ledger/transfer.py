@@ -172,7 +172,7 @@ class Transfer:
         """All is put."""
 
     def piece(self, bytes: int) -> Piece:
-        """Raises `DoesNotFit` where the host has no memory to pin."""
+        """Raises `Unpinnable` where the host has no memory to pin."""
         self.pieces_bytes += bytes
         return self._piece(bytes)
 
