@@ -7,6 +7,7 @@
     │   ├── BadOutput
     │   └── BadCheckpoint                  a step checkpoint that is corrupt or of another run
     ├── DoesNotFit                exit 4   the machine is too small for the plan
+    │   └── Unpinnable                     host memory that cannot be pinned for a card
     ├── ModelMissing              exit 5   an unknown, absent or incomplete model
     ├── NotFinite                 exit 1   the model produced NaN or infinity
     └── Cancelled                 exit 130 stopped by the user between two steps
@@ -28,6 +29,7 @@ __all__ = [
     "FramefitError",
     "ModelMissing",
     "NotFinite",
+    "Unpinnable",
     "UsageError",
 ]
 
@@ -60,6 +62,10 @@ class BadCheckpoint(BadInput):
 
 class DoesNotFit(FramefitError):
     exit_code = 4
+
+
+class Unpinnable(DoesNotFit):
+    pass
 
 
 class ModelMissing(FramefitError):

@@ -429,16 +429,30 @@ class Pipeline:
 
     def _lower(self, shortage: Shortage, state: State | None, save: Callable[[State], None] | None) -> None:
         """One rung down, in place; `state`, where there is one, is kept with it."""
-        before = self.plan
-        self._descent.lower(shortage, None if state is None else state.step, self.ledger)
         self.parts.use()
         self.parts.forget()
-        change(self.parts, before, self.plan)
-        _give_back(self.plan)
+        taken = False
+        while not taken:
+            before = self.plan
+            self._descent.lower(shortage, None if state is None else state.step, self.ledger)
+            taken = self._taken(before)
+            _give_back(self.plan)
         if state is not None:
             state.rungs = self.rungs
             if save:
                 save(state)
+
+    def _taken(self, before: Plan) -> bool:
+        """Whether the parts are as the plan says now; else, where the memory for it ran out, both are as `before`."""
+        try:
+            change(self.parts, before, self.plan)
+            return True
+        except Exception as error:
+            shortage = self._descent.shortage(error)
+        refused = self.plan
+        self._descent.refuse(shortage, before, self.ledger)
+        change(self.parts, refused, before)
+        return False
 
     def _within_range(self, names: tuple[str, ...], compute: Callable[[], T]) -> T:
         """`compute()`; where fp16 overflowed, again with these components in fp32, where they stay."""
@@ -454,6 +468,7 @@ class Pipeline:
             raise error
         for name in half:
             self.parts.cast(name, torch.float32)
+            self.parts.raised.add(name)
         self.ledger.note(f"{error} It runs in fp32 from here on ({', '.join(half)}).")
 
 

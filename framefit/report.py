@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from framefit.plan import Plan
 
-__all__ = ["PhaseReport", "Report", "Retry", "Rung"]
+__all__ = ["Memory", "PhaseReport", "Report", "Retry", "Rung", "named"]
+
+Memory = Literal["card", "RAM", "host"]
+"""card and RAM: where the model computes; host: RAM beside a card, or what of it can be pinned."""
+
+
+def named(memory: Memory) -> str:
+    """As a sentence says it."""
+    return "host memory" if memory == "host" else "memory"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,10 +37,12 @@ class Rung:
     setting: str
     before: str
     after: str
+    of: Memory = "card"
+    """What ran out; files of earlier versions do not say it."""
     asked_bytes: int | None
     """Of the allocation that failed; None where it did not say."""
     held_bytes: int
-    """Allocated on the card just then, or resident in RAM without one."""
+    """Allocated on the card just then, or resident in RAM where that ran out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,9 +18,10 @@ from torch import nn
 
 from framefit import recipe, video
 from framefit.families import CHECKPOINTS, Checkpoint, fading, pieces, wan_vae
-from framefit.families.parts import Parts
+from framefit.families.parts import Parts, load_parts
 from framefit.families.pieces import Pieces
-from framefit.passes import change, decode, offload
+from framefit.passes import apply_all, change, decode, offload
+from framefit.pipeline import Pipeline
 from framefit.plan import Decode, Offload, Plan
 from framefit.planning import dryrun
 from framefit.planning.candidates import CANDIDATES, ladder
@@ -154,6 +155,36 @@ def test_a_vae_that_is_alone_is_rounded_too() -> None:
     assert parts.dtype("vae") == torch.bfloat16
 
 
+@pytest.mark.parametrize("place", ["none", "part"])
+def test_a_vae_that_overflowed_stays_in_fp32(place: str, make_plan: Make, tiny: Tiny) -> None:
+    """Though a rung has the pass applied anew, which puts it into the plan's precision."""
+    row = tiny(WAN)
+    plan = replace(make_plan(row, {"offload": place}, width=160, guidance=(1.0,), steps=1), precision="fp16")
+    blend = Decode(value="blend:128", because="it is leaner")
+    plan = replace(plan, settings=tuple(blend if isinstance(s, Decode) else s for s in plan.settings))
+    parts = load_parts(row, row.folder, dtype=torch.float16, device=torch.device("cpu"))  # type: ignore[arg-type]
+    pipeline = Pipeline(plan, apply_all(parts, plan))
+    state = pipeline.encode()
+    pipeline.denoise(state)
+    last, calls = parts["vae"].decoder.conv_out, list[torch.dtype]()
+
+    def forward(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:
+        calls.append(out.dtype)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return out * torch.inf if out.dtype == torch.float16 else out
+
+    last.register_forward_hook(forward)
+    frames = np.stack(list(pipeline.decode(state)))
+    assert calls[0] == torch.float16
+    assert set(calls[1:]) == {torch.float32}
+    assert [rung.after for rung in pipeline.rungs] == ["blend:112"]
+    assert parts.dtype("vae") == torch.float32
+    assert sum("It runs in fp32 from here on (vae)" in notice for notice in pipeline.ledger.notices) == 1
+    assert frames.shape == (5, 64, 160, 3)
+    parts.close()
+
+
 # planning
 
 
@@ -236,6 +267,11 @@ def test_a_step_at_a_border_is_seen_and_one_elsewhere_is_not() -> None:
     assert found.reference is not None
     assert found.reference < 1.3
     assert tiles.measure(pan(step_x=72), BORDERS).seam < 1.3
+    for at, seen in ((33, True), (41, False), (17, False)):  # of the last of three the eight pixels before it
+        found = tiles.measure(pan(step_y=at), BORDERS, pan(step_y=at))
+        assert (found.seam > 1.5 * even.seam, found.at_px == 40) == (seen, seen)
+        if seen:
+            assert found.seam == found.reference
     both = tiles.measure(pan(step_x=48), BORDERS, pan(step_x=48))
     assert both.seam == both.reference, "an edge of the scene"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -21,16 +21,19 @@ from torch import nn
 
 from framefit import cli, passes, video
 from framefit.checkpoint import RunFolder, State, Writer
+from framefit.device import Device
 from framefit.errors import DoesNotFit
 from framefit.families import Checkpoint, easyanimate, find
 from framefit.families import parts as family_parts
 from framefit.families.files import fingerprint
 from framefit.families.parts import Parts, load_parts, weights
-from framefit.ledger import Ledger
+from framefit.ledger import Ledger, shortage
 from framefit.ledger.shortage import Shortage
+from framefit.ledger.steps import MemoryReading
+from framefit.ledger.transfer import Transfer, _unpinnable
 from framefit.passes import apply_all, offload
 from framefit.pipeline import Pipeline, Step, load
-from framefit.plan import ASKED, SETTINGS, TIERS, Chunk, Guidance, Offload, Plan
+from framefit.plan import ASKED, SETTINGS, TIERS, Chunk, Decode, Guidance, Offload, Plan
 from framefit.planning import ladder
 from framefit.planning.ladder import LADDER, lower, lowered
 from framefit.report import Rung
@@ -40,6 +43,7 @@ FAMILIES = ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl"]
 STEPS = 4
 FULL = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 24.00 GiB"
 
+T = TypeVar("T")
 Tiny = Callable[[str], Checkpoint]
 MakePlan = Callable[..., Plan]
 Undisturbed = tuple["Made", dict[str, int]]
@@ -228,10 +232,35 @@ def test_large_pictures_come_in_tiles_where_these_equal_the_whole(tiny: Tiny, ma
     plan = make_plan(tiny("wan2.2-i2v-a14b"))
     large = replace(plan, request=replace(plan.request, width=832, height=480))
     for phase in ("encode_image", "decode"):
-        rung = lower(large, (), phase, None, SHORT)
-        assert (rung.setting, rung.before, rung.after) == ("decode", "whole", "tile:128")
-        assert lower(lowered(large, [rung]), (rung,), phase, None, SHORT).setting == "offload"
+        assert way_down(large, phase) == ["whole>tile:256", "tile:256>tile:128", "none>part"]
     assert lower(plan, (), "decode", None, SHORT).setting == "offload", "one tile would be the picture"
+
+
+@pytest.mark.parametrize(
+    ("id", "held", "not_held"),
+    [
+        (
+            "wan2.2-i2v-a14b",
+            ["whole>ram", "ram>ram:448", "ram:448>tile:128", "none>part"],
+            ["whole>tile:256", "tile:256>tile:128", "none>part"],
+        ),
+        ("easyanimate-v5.1-7b-inp", ["whole>frame", "none>part", "frame>ram"], ["whole>frame", "none>part"]),
+    ],
+)
+def test_on_a_card_memories_go_to_ram_where_it_holds_them(
+    id: str, held: list[str], not_held: list[str], tiny: Tiny, make_plan: MakePlan
+) -> None:
+    plan = make_plan(tiny(id), width=480, height=64)
+    for ram_bytes, way in ((2**36, held), (2**20, not_held)):
+        device = replace(Device.named("rtx-4090", ram_bytes=ram_bytes), id="cuda:0")
+        there = replace(plan, device=device, estimate=replace(plan.estimate, free_bytes=device.budget_bytes))
+        assert way_down(there, "decode") == way
+
+
+def way_down(plan: Plan, phase: str) -> list[str]:
+    rungs = lowest(plan, phase)[2]
+    assert {rung.of for rung in rungs} == {"card"}
+    return [f"{rung.before}>{rung.after}" for rung in rungs]
 
 
 @pytest.mark.usefixtures("moving")
@@ -417,8 +446,8 @@ def test_ram_that_runs_out_spares_ram(tiny: Tiny, make_plan: MakePlan) -> None:
     assert steps_of(pipeline.rungs) == parted
     assert pipeline.rungs[0].asked_bytes == 64
     card = replace(plan, device=replace(plan.device, id="cuda:0"))
-    with pytest.raises(DoesNotFit, match="the host of the card ran out of memory"):
-        lower(card, (), "denoise:unet", 1, Shortage(of="RAM", asked_bytes=None, held_bytes=1))
+    with pytest.raises(DoesNotFit, match=r"the host of the card ran out of memory, .*: free some\.$"):
+        lower(card, (), "denoise:unet", 1, NO_PINS)
 
 
 def test_what_the_user_asked_for_is_not_moved(tiny: Tiny, make_plan: MakePlan) -> None:
@@ -446,16 +475,17 @@ def test_a_plan_that_is_measured_is_held(tiny: Tiny, make_plan: MakePlan) -> Non
 
 
 SHORT = Shortage(of="card", asked_bytes=None, held_bytes=1)
+NO_PINS = Shortage(of="host", asked_bytes=None, held_bytes=1)
 
 
-def lowest(plan: Plan, phase: str) -> tuple[Plan, str]:
-    """Where the ladder ends, and what is said then."""
+def lowest(plan: Plan, phase: str) -> tuple[Plan, str, tuple[Rung, ...]]:
+    """Where the ladder ends, what is said then, and the way there."""
     rungs: tuple[Rung, ...] = ()
     for _ in range(len(LADDER) + 1):
         try:
             rung = lower(plan, rungs, phase, 1, SHORT)
         except DoesNotFit as error:
-            return plan, str(error)
+            return plan, str(error), rungs
         plan, rungs = lowered(plan, [rung]), (*rungs, rung)
     raise AssertionError("the ladder goes round")
 
@@ -465,7 +495,7 @@ def lowest(plan: Plan, phase: str) -> tuple[Plan, str]:
 def test_every_way_down_ends(id: str, phase: str, tiny: Tiny, make_plan: MakePlan) -> None:
     row = tiny(id)
     name = f"denoise:{row.experts[0]}" if phase == "denoise" else phase
-    plan, error = lowest(make_plan(row, guidance=(4.0,)), name)
+    plan, error, _ = lowest(make_plan(row, guidance=(4.0,)), name)
     for setting in plan.settings:
         assert (f"{setting.type}={setting.value}" in error) == ("memory ran out" in setting.because)
     kept = "together" if phase != "denoise" and row.batched_guidance else "apart"
@@ -476,7 +506,7 @@ def test_every_way_down_ends(id: str, phase: str, tiny: Tiny, make_plan: MakePla
 
 def test_the_ladder_knows_its_settings() -> None:
     for relief in LADDER:
-        before = {"*": "whole"}.get(relief.before, relief.before.replace("*", "2"))
+        before = {"*": "whole", "ram*": "ram"}.get(relief.before, relief.before.replace("*", "2"))
         assert before != relief.after
         tiers = [TIERS.index(relief.kind(value=value).tier) for value in (before, relief.after)]
         assert tiers[0] >= tiers[1]
@@ -497,6 +527,7 @@ def test_the_ladder_knows_its_settings() -> None:
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "card", None),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "card", None),
         (MemoryError(), "RAM", None),
+        (_unpinnable(2**28, "out of memory"), "host", 2**28),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None, None),
         (ValueError("memory"), None, None),
     ],
@@ -507,6 +538,17 @@ def test_errors_that_say_that_memory_ran_out(error: Exception, of: str | None, a
     assert (found and found.asked_bytes) == asked
 
 
+def test_the_host_of_a_card_is_not_where_the_model_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = MemoryReading(allocated_bytes=1, reserved_bytes=2, host_bytes=3)
+    monkeypatch.setattr(shortage, "read_memory", lambda device: held)
+    for error, told in (
+        (MemoryError(), ("host", 3)), (_unpinnable(1, ""), ("host", 3)), (torch.OutOfMemoryError(), ("card", 1)),
+    ):  # fmt: skip
+        found = Shortage.told(error, "cuda:0")
+        assert found is not None
+        assert (found.of, found.held_bytes) == told
+
+
 def test_the_allocator_s_own_error_is_understood() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
@@ -514,6 +556,114 @@ def test_the_allocator_s_own_error_is_understood() -> None:
     assert found is not None
     assert (found.of, found.asked_bytes) == ("RAM", 2**62)
     assert found.held_bytes > 2**20
+
+
+# --- memory that cannot be pinned -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class NotPinned:
+    """Raises at one of the calls of a transfer's method, counted from 1; 0: at none."""
+
+    at: int = 0
+    calls: int = 0
+
+    def __call__(self, usual: Callable[..., T], *arguments: Any) -> T:
+        self.calls += 1
+        if self.calls == self.at:
+            raise _unpinnable(2**30, "out of memory")
+        return usual(*arguments)
+
+    def set(self, monkeypatch: pytest.MonkeyPatch, method: str) -> NotPinned:
+        usual = getattr(Transfer, method)
+        monkeypatch.setattr(Transfer, method, lambda *arguments: self(usual, *arguments))
+        return self
+
+
+IN_RAM = [
+    ("wan2.2-i2v-a14b", "ram", "tile:128"), ("wan2.2-i2v-a14b", "ram:144", "tile:128"),
+    ("easyanimate-v5.1-7b-inp", "ram", "frame"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", ["encode_image", "decode"])
+@pytest.mark.parametrize(("id", "value", "after"), IN_RAM)
+def test_what_cannot_be_pinned_goes_another_way(
+    id: str, value: str, after: str, phase: str, tiny: Tiny, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = tiny(id)
+    plan = with_decode(make_plan(row, steps=1, guidance=(1.0,), num_frames=9, width=160), value)
+    with monkeypatch.context() as patch:
+        counted = NotPinned().set(patch, "piece")
+        expected = made(plan, apply_all(fresh(row), plan))
+    with monkeypatch.context() as patch:
+        NotPinned(at=2 if phase == "encode_image" else counted.calls).set(patch, "piece")
+        found = made(plan, apply_all(parts := fresh(row), plan))
+    assert steps_of(found.rungs) == [f"{phase} decode={value}>{after}"]
+    assert (found.rungs[0].of, found.rungs[0].asked_bytes) == ("host", 2**30)
+    assert any(notice.startswith(f"host memory ran out in {phase}") for notice in found.notices)
+    assert found.saved[-1][1] == 1, "a run that is resumed does not meet it again"
+    assert parts.pieces.shelf is None
+    assert (found.latents - expected.latents).abs().max() <= 1e-5 * expected.latents.abs().max()
+    assert np.abs(found.frames.astype(int) - expected.frames).max() <= 1
+
+
+def with_decode(plan: Plan, value: str) -> Plan:
+    """As if it had been derived."""
+    settings = tuple(Decode(value=value, because="it is leaner") if isinstance(s, Decode) else s for s in plan.settings)
+    return replace(plan, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "size", "after"),
+    [
+        ("ram", 832, "tile:512"), ("ram", 512, "tile:256"), ("ram", 256, "tile:128"), ("ram:640", 832, "tile:512"),
+        ("ram:512", 832, "tile:512"), ("ram:448", 832, "tile:256"), ("ram:200", 832, "tile:128"),
+    ],
+)  # fmt: skip
+def test_its_tiles_are_as_large_as_they_may_be(
+    value: str, size: int, after: str, tiny: Tiny, make_plan: MakePlan
+) -> None:
+    plan = with_decode(make_plan(tiny("wan2.2-i2v-a14b"), width=size, height=64), value)
+    assert lower(plan, (), "decode", None, NO_PINS).after == after
+
+
+def test_what_was_too_much_is_not_taken_again(tiny: Tiny, make_plan: MakePlan) -> None:
+    plan = make_plan(tiny("easyanimate-v5.1-7b-inp"))
+    plan = with_decode(replace(plan, device=replace(plan.device, id="cuda:0")), "ram")
+    first = lower(plan, (), "decode", None, NO_PINS)
+    assert first.after == "frame"
+    plan = lowered(plan, [first])
+    second = lower(plan, (first,), "decode", None, SHORT)
+    assert (second.setting, second.after) == ("offload", "part")
+    with pytest.raises(DoesNotFit, match="with decode=frame and offload=part tried"):
+        lower(lowered(plan, [second]), (first, second), "decode", None, SHORT)
+
+
+def test_ram_that_was_asked_for_is_named(tiny: Tiny, make_plan: MakePlan) -> None:
+    plan = make_plan(tiny("easyanimate-v5.1-7b-inp"), {"decode": "ram", "offload": "part"})
+    with pytest.raises(
+        DoesNotFit, match=r"free some, use offload=disk or offload=none, or leave out --set decode=ram\.$"
+    ):
+        lower(plan, (), "decode", None, NO_PINS)
+
+
+def test_a_rung_that_cannot_be_pinned_is_not_taken(
+    tiny: Tiny, make_plan: MakePlan, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is; what the first began with is undone."""
+    row = tiny("easyanimate-v5.1-7b-inp")
+    expected, calls = whole(row, 1.0)
+    monkeypatch.setattr(ladder, "LADDER", [relief for relief in LADDER if relief.after == "part"] + [*LADDER])
+    NotPinned(at=3).set(monkeypatch, "slab")
+    plan, parts = make_plan(row, steps=STEPS, guidance=(1.0,)), fresh(row)
+    with Full(parts["vae"].decoder, at=[calls["decoder"] // 2]):
+        found = made(plan, apply_all(parts, plan))
+    assert steps_of(found.rungs) == ["decode decode=whole>frame"]
+    assert "offload=part cannot be, as host memory ran out for it: offload stays none." in found.notices
+    assert parts.placement is None
+    assert (found.latents - expected.latents).abs().max() <= 1e-5 * expected.latents.abs().max()
+    assert np.abs(found.frames.astype(int) - expected.frames).max() <= 1
 
 
 # --- on the command line, and after a crash ------------------------------------------------------------------------

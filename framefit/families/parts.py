@@ -60,6 +60,8 @@ class Parts:
     """How much of a video the VAE takes at once; set by the decode pass."""
     windows: Windows | None = field(default=None)
     """How a long video is divided; None: it is not. Set by the window pass."""
+    raised: set[str] = field(default_factory=set)
+    """Components that overflowed in fp16 and are in fp32 since, where they stay; set by the pipeline."""
     placement: Placement | None = field(default=None)
     """Moves weights to and from the device; None: all stay there. Set by the offload pass."""
 

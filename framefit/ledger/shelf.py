@@ -46,7 +46,7 @@ class Shelf:
         The caller drops them. Their memory on the device is free after `settle`.
 
         Raises:
-            DoesNotFit: the host has no memory to pin.
+            Unpinnable: the host has no memory to pin.
         """
         leaves, spec = tree_flatten(tree)
         before = self._places.get(name)

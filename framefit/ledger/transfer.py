@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from framefit.errors import DoesNotFit
+from framefit.errors import Unpinnable
 
 __all__ = ["CardTransfer", "NoTransfer", "Piece", "Room", "Slab", "Transfer", "mapped", "transfer_for", "without_holes"]
 
@@ -172,7 +172,7 @@ class Transfer:
         """All is put."""
 
     def piece(self, bytes: int) -> Piece:
-        """Raises `DoesNotFit` where the host has no memory to pin."""
+        """Raises `Unpinnable` where the host has no memory to pin."""
         self.pieces_bytes += bytes
         return self._piece(bytes)
 
@@ -236,7 +236,7 @@ class CardTransfer(Transfer):
         return self._pinned_bytes
 
     def slab(self, tensors: Sequence[torch.Tensor]) -> Slab:
-        """Raises `DoesNotFit` where the host has no memory to pin."""
+        """Raises `Unpinnable` where the host has no memory to pin."""
         slab = Slab(tensors)
         slab.pack(lambda bytes: self._pinned(slab, bytes))
         return slab
@@ -355,8 +355,8 @@ def transfer_for(device: torch.device, tensors: Iterable[torch.Tensor] = ()) -> 
     return CardTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
-def _unpinnable(bytes: int, reason: object) -> DoesNotFit:
-    return DoesNotFit(
+def _unpinnable(bytes: int, reason: object) -> Unpinnable:
+    return Unpinnable(
         f"{bytes / 2**30:.2f} GiB of host memory cannot be pinned ({reason}): free host memory, use offload=disk or "
         f"offload=none, or where decode=ram was chosen another decode."
     )

@@ -6,7 +6,7 @@ that the same. With `ram` these memories are on the card for the few layers at w
 a time where pictures are largest (`families/shelved.py`). With `tile` the time goes by inside of every tile. Tiles have
 the halo that the convolutions need, so that they equal the whole. Where norms are over a whole picture, as
 EasyAnimate's, none can. With `blend` decoded tiles have half of that halo and fade into each other
-(`families/fading.py`), and the VAE computes in the plan's precision.
+(`families/fading.py`), and the VAE computes in the plan's precision, unless it has overflowed there.
 
 Wan's convolutions pad their input by a copy of it. In pieces the convolution itself pads. Layers made for single frames
 (`passes/frames.py`) are EasyAnimate's with `frame` and `ram`, and Wan's with `ram`.
@@ -43,7 +43,7 @@ def apply(parts: Parts, setting: Decode) -> None:
         return
     if reason := _refusal(parts, setting):
         raise UsageError(f"decode={setting.value} cannot be for {parts.checkpoint.id}: {reason}.")
-    if setting.blend and parts.dtype("vae") != parts.precision:
+    if setting.blend and parts.dtype("vae") != parts.precision and "vae" not in parts.raised:
         parts.cast("vae", parts.precision)
     vae, in_ram = parts["vae"], setting.in_ram
     shelf = partial(Shelf, transfer_for(parts.device, weights(vae))) if in_ram else None

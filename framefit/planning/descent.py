@@ -8,7 +8,7 @@ from framefit.ledger import Ledger
 from framefit.ledger.shortage import Shortage
 from framefit.plan import Plan
 from framefit.planning.ladder import lower, lowered
-from framefit.report import Rung
+from framefit.report import Rung, named
 
 __all__ = ["Descent"]
 
@@ -20,7 +20,7 @@ class Descent:
     rungs: tuple[Rung, ...] = ()
     """Taken so far, before a crash too that the run was resumed from."""
     fixed: frozenset[str] = frozenset()
-    """Types of settings that no rung moves: those that were withdrawn."""
+    """Types of settings that no rung moves: those that were withdrawn, or for whose rung there was no memory."""
     held: bool = False
     """Whether the plan stays as it is, for whoever measures it; memory that runs out is an error then."""
 
@@ -47,11 +47,20 @@ class Descent:
         self.plan, self.rungs = lowered(self.plan, [rung]), (*self.rungs, rung)
         ledger.note(_sentence(rung))
 
+    def refuse(self, shortage: Shortage, before: Plan, ledger: Ledger) -> None:
+        """Memory ran out for the last rung itself: the plan is as `before`, and no other rung moves that setting."""
+        *kept, rung = self.rungs
+        self.plan, self.rungs, self.fixed = before, tuple(kept), self.fixed | {rung.setting}
+        ledger.note(
+            f"{rung.setting}={rung.after} cannot be, as {named(shortage.of)} ran out for it: {rung.setting} stays "
+            f"{rung.before}."
+        )
+
 
 def _sentence(rung: Rung) -> str:
     where = rung.phase if rung.step is None else f"{rung.phase} after step {rung.step}"
     more = "" if rung.asked_bytes is None else f", {rung.asked_bytes / 2**30:.2f} GiB more asked for"
     return (
-        f"memory ran out in {where} ({rung.held_bytes / 2**30:.2f} GiB held{more}): {rung.setting}={rung.before} "
-        f"becomes {rung.after}, and the run goes on from there."
+        f"{named(rung.of)} ran out in {where} ({rung.held_bytes / 2**30:.2f} GiB held{more}): "
+        f"{rung.setting}={rung.before} becomes {rung.after}, and the run goes on from there."
     )

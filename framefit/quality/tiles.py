@@ -13,7 +13,8 @@ from framefit.quality.stability import outliers
 __all__ = ["Borders", "Tiles", "borders", "measure"]
 
 WITHIN_PX = 4
-"""Of a border: tiles fade into each other."""
+"""Of a border, to each side, tiles fade into each other at most; the last of three or more does so before it alone, as
+far in all: like those between, it reaches over two borders, and it ends with the picture."""
 
 Borders = Mapping[str, tuple[int, ...]]
 """x for vertical lines, y for horizontal ones -> the first pixel behind each."""
@@ -59,11 +60,12 @@ def measure(frames: Frames, borders: Borders, reference: Frames | None = None) -
     """
     found = {(axis, at): ratio for axis, ratios in outliers(frames).items() for at, ratio in _at(ratios, borders[axis])}
     axis, at = max(found, key=lambda place: found[place])
-    there = None if reference is None else dict(_at(outliers(reference)[axis], (at,)))[at]
+    there = None if reference is None else dict(_at(outliers(reference)[axis], borders[axis]))[at]
     return Tiles(
         borders=borders, seam=found[axis, at], axis=axis, at_px=at, usual=median(found.values()), reference=there
     )
 
 
 def _at(ratios: Any, places: tuple[int, ...]) -> list[tuple[int, float]]:
-    return [(at, float(ratios[max(0, at - 1 - WITHIN_PX) : at + WITHIN_PX].max())) for at in places]
+    ends = {at: at + WITHIN_PX * (at != max(places) or len(places) == 1) for at in places}
+    return [(at, float(ratios[max(0, end - 1 - 2 * WITHIN_PX) : end].max())) for at, end in ends.items()]
