@@ -71,9 +71,9 @@ def _ram_holds(plan: Plan, decode: Decode) -> bool:
 
 LADDER: tuple[Relief, ...] = (
     _coding("whole", "frame", "card", "RAM"),
-    _coding("whole", "ram", "card"),
-    _coding("ram*", "ram:448", "card"),
-    _coding("whole", "tile:256", "card", "RAM"),  # ram:448 takes less than these
+    _coding("whole", "ram:640", "card"),
+    _coding("ram*", "ram:352", "card"),
+    _coding("whole", "tile:256", "card", "RAM"),  # ram:352 takes less than these
     _coding("tile:*", "tile:256", "card", "RAM"),
     _coding("*", "tile:128", "card", "RAM"),
     _coding("blend:*", "blend:112", "card", "RAM"),

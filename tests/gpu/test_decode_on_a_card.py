@@ -120,7 +120,7 @@ def test_it_takes_what_was_said_and_its_copies_hide(id: str, tmp_path: Path) -> 
     row = CHECKPOINTS[id]
     request = Request(image=photo, prompt="-", model=id, width=width, height=height, num_frames=num_frames, seed=1)
     found: dict[str, Found] = {}
-    for value in ("frame", "ram", *([] if "easy" in id else ["ram:448"])):
+    for value in ("frame", "ram", *([] if "easy" in id else ["ram:352"])):
         plan = choose(request, row, Device.detect("cuda"), photo_size=(64, 64), settings={"decode": value})
         said = next(phase for phase in dryrun.trace(plan, row) if phase.name == "decode")
         parts = vae_of(id, torch.bfloat16 if id.startswith("easyanimate") else torch.float32)
@@ -128,12 +128,13 @@ def test_it_takes_what_was_said_and_its_copies_hide(id: str, tmp_path: Path) -> 
         latents = latents_of(parts, SIZES[id])
         decoded(parts, latents)
         _, peak, seconds = decoded(parts, latents)
-        weights_bytes = sum(said.weights_bytes.values())
-        found[value] = Found(peak_bytes=peak, said_bytes=said.peak_bytes + weights_bytes, seconds=seconds)
+        said_bytes = said.peak_bytes + said.weights_bytes["vae"]
+        found[value] = Found(peak_bytes=peak, said_bytes=said_bytes, seconds=seconds)
         del parts
     told = "; ".join(f"{value}: {one}" for value, one in found.items())
     frame = found["frame"]
     for value, one in found.items():
         assert one.peak_bytes < 1.05 * one.said_bytes, f"{value} takes more than was said: {told}"
-        assert one.seconds < 1.5 * frame.seconds, f"copies of {value} do not hide: {told}"
+        # one after another, copies each way, pinning and computing take 1.9 (Wan) to 2.6 of it
+        assert one.seconds < 1.85 * frame.seconds, f"copies of {value} do not hide: {told}"
     assert found["ram"].peak_bytes < 0.75 * frame.peak_bytes, f"ram spares too little: {told}"
