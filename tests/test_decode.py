@@ -166,6 +166,21 @@ def test_tiles_with_memories_in_ram_equal_the_whole(id: str, value: str, vaes: d
     assert (encoded(parts, video) - known).abs().max() <= 1e-5 * known.abs().max()
 
 
+@pytest.mark.parametrize(("frames", "groups"), [(1, [1]), (2, [1, 1]), (4, [1, 1, 2]), (5, [1, 2, 2])])
+def test_two_latent_frames_are_together_in_tiles(frames: int, groups: list[int], vaes: dict[str, Parts]) -> None:
+    latents, video = given(vaes[WAN], frames=frames)
+    known, encoding = reference(vaes[WAN], latents), vaes[WAN]["vae"].encode(video).latent_dist.mode()
+    parts = divided(vaes[WAN], "ram:88")
+    counted = list[int]()
+    over = parts.pieces.over
+    parts.pieces = replace(parts.pieces, over=lambda count: counted.append(count) or over(count))
+    assert (ours(parts, latents) - known).abs().max() <= 1e-5 * known.abs().max()
+    assert (encoded(parts, video) - encoding).abs().max() <= 1e-5 * encoding.abs().max()
+    assert counted == [len(groups)] * 2
+    assert wan_vae._groups(frames, [object()]) == groups
+    assert wan_vae._groups(frames, []) == [1] * frames
+
+
 @pytest.fixture
 def canvas_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np

@@ -93,8 +93,10 @@ def _standing(times: int, tally: Tally, transfer: Transfer) -> Iterator[None]:
     """What runs in it stands for as much `times`."""
     before = transfer.returned_bytes, transfer.pieces_bytes
     tally.times *= times
-    yield
-    tally.times //= times
+    try:
+        yield
+    finally:
+        tally.times //= times
     transfer.returned_bytes += (times - 1) * (transfer.returned_bytes - before[0])
     transfer.pieces_bytes += (times - 1) * (transfer.pieces_bytes - before[1])
 
