@@ -51,7 +51,7 @@ class Work:
 
 ALONE = ({"chunk": "rows"}, {"offload": "block"}, {"chunk": "rows", "offload": "leaf"})
 GUIDED = (*ALONE, {"guidance": "apart"}, {"guidance": "apart", "chunk": "rows", "offload": "block"})
-WAN_PIECES = ({"decode": "frame"}, {"decode": "tile:256"}, {"decode": "ram"}, {"decode": "ram:448"})
+WAN_PIECES = ({"decode": "frame"}, {"decode": "tile:256"}, {"decode": "ram:640"}, {"decode": "ram:352"})
 
 WORKS = {
     "wan2.2-a14b-480p": Work("wan2.2-i2v-a14b", "transformer", 832, 480, 81, ALONE),

@@ -257,6 +257,13 @@ def test_on_a_card_memories_go_to_ram_where_it_holds_them(
         assert way_down(there, "decode") == way
 
 
+def test_pictures_that_the_larger_tiles_do_not_divide_go_to_smaller_ones(tiny: Tiny, make_plan: MakePlan) -> None:
+    device = replace(Device.named("rtx-4090", ram_bytes=2**36), id="cuda:0")
+    plan = replace(make_plan(tiny("wan2.2-i2v-a14b"), width=640, height=64), device=device)
+    plan = replace(plan, estimate=replace(plan.estimate, free_bytes=device.budget_bytes))
+    assert way_down(plan, "decode")[:2] == ["whole>ram:352", "ram:352>tile:128"]
+
+
 def way_down(plan: Plan, phase: str) -> list[str]:
     rungs = lowest(plan, phase)[2]
     assert {rung.of for rung in rungs} == {"card"}

@@ -72,6 +72,7 @@ def _ram_holds(plan: Plan, decode: Decode) -> bool:
 LADDER: tuple[Relief, ...] = (
     _coding("whole", "frame", "card", "RAM"),
     _coding("whole", "ram:640", "card"),
+    _coding("whole", "ram:352", "card"),  # pictures that 640 pixels do not divide
     _coding("ram*", "ram:352", "card"),
     _coding("whole", "tile:256", "card", "RAM"),  # ram:352 takes less than these
     _coding("tile:*", "tile:256", "card", "RAM"),
