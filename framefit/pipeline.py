@@ -326,7 +326,7 @@ class Pipeline:
         """Arrange the loaded parts as `plan` says; no rung moves settings of the types `fixed`."""
         self.parts.use()
         change(self.parts, self.plan, plan)
-        self._descent.plan, self._descent.fixed = plan, fixed
+        self._descent.plan, self._descent.fixed = plan, self._descent.fixed | fixed
         _give_back(plan)
 
     def unload(self) -> None:
@@ -451,6 +451,7 @@ class Pipeline:
             shortage = self._descent.shortage(error)
         refused = self.plan
         self._descent.refuse(shortage, before, self.ledger)
+        _give_back(refused)
         change(self.parts, refused, before)
         return False
 

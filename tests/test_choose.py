@@ -17,7 +17,7 @@ from framefit.cli import main
 from framefit.device import Device
 from framefit.errors import DoesNotFit
 from framefit.families import CHECKPOINTS, Checkpoint
-from framefit.plan import ASKED, Decode, Offload, Plan, Setting
+from framefit.plan import ASKED, Decode, Offload, Plan, Quantize, Setting
 from framefit.planning import candidates, changes, choose, differences, dryrun, estimate, fit, fits, fitted, traces
 from framefit.planning.candidates import CANDIDATES, RUNG, Candidates
 from framefit.planning.moved import moved
@@ -398,12 +398,15 @@ def test_what_is_sooner_than_the_reference_is_chosen_where_all_fits() -> None:
     row = tiny_row("easyanimate-v5.1-7b-inp")
     row = replace(row, sizes=replace(row.sizes, min_side=32, multiple=16))
     plan = tiny_plan(row, Device.named("h200", ram_bytes=2**37))
-    sooner = fitted(plan, row)
+    sooner, int8 = fitted(plan, row), Quantize(value="int8", because="tuned: 1.2x")
     assert sooner.feasible
     assert [s.value for s in sooner.settings if s not in plan.settings] == ["frame"]
     assert sooner.setting(Decode).because.endswith("with decode=whole")
     asked = replace(plan, settings=tuple(replace(s, because=ASKED) for s in plan.settings))
     assert fitted(asked, row).setting(Decode).value == "whole"
+    tuned = replace(plan, settings=tuple(int8 if s.type == "quantize" else s for s in plan.settings))
+    assert int8 in fitted(tuned, row).settings
+    assert fitted(replace(plan, device=replace(plan.device, id="cpu")), row).setting(Decode).value == "whole"
 
 
 # the table of candidates

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from framefit.ledger.counts import Tally, count
 from framefit.planning import choose
 from framefit.planning.estimate import _beside, with_phases
 from framefit.planning.phase import PhaseTrace
-from framefit.profiling import sized
+from framefit.profiling import ceilings, sized
 from framefit.rates import Quantity, Rates, Sort, of
 from framefit.request import Request
 
@@ -197,6 +198,29 @@ def test_what_a_process_has_met_is_not_looked_for_again(photo: Path) -> None:
     assert seconds((1, 3)) == pytest.approx([known.first_s, 0])
     pinned = 10**9 / known.pinned_gb_per_s / 1e9
     assert seconds((1, 2, 3), 10**9) == pytest.approx([pinned, pinned])
+
+
+def test_the_probes_copies_both_ways_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = list[tuple[str, str]]()
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            waits.append((self.name, other.name))
+
+    names = iter(("there", "back"))
+    empty = torch.empty
+    monkeypatch.setattr(ceilings.torch, "empty", lambda size, **_: empty(1))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(next(names)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(
+        ceilings, "_best", lambda probes, device: [waits.clear(), *(call() for _, call in probes)] and 1
+    )
+    assert [way for way, _ in ceilings._host_copies("cpu")] == ["to", "from", "both"]
+    assert waits == [("there", "current"), ("back", "current"), ("current", "there"), ("current", "back")]
 
 
 def test_a_stage_of_a_vae_hides_copies_that_take_no_longer_and_both_ways_share_a_link() -> None:

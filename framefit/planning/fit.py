@@ -17,6 +17,7 @@ from framefit.families import Checkpoint
 from framefit.plan import Offload, Plan, Setting, Tier
 from framefit.planning.because import reasoned
 from framefit.planning.candidates import CANDIDATES, RUNG, Candidates, ladder, places, usual
+from framefit.planning.choose import untouched
 from framefit.planning.estimate import estimated, with_phases
 from framefit.planning.moved import blocks, can_move, moved
 from framefit.planning.phase import PhaseTrace
@@ -76,7 +77,7 @@ def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
     Args:
         tier: the weakest that a setting may have that nobody asked for.
     """
-    soonest = usual(plan, checkpoint)
+    soonest = _soonest(plan, checkpoint)
     first = estimated(soonest, checkpoint)
     if not first.estimate.phases:
         return replace(plan, estimate=first.estimate)
@@ -90,6 +91,16 @@ def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
         if s != stood
     }
     return reasoned(found.plan, before, blocks(found.traces))
+
+
+def _soonest(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """`plan` with the first candidate where a card would do as the reference does; what was tuned stays."""
+    if plan.device.id == "cpu":
+        return plan
+    theirs = {setting.type: setting.value for setting in untouched(checkpoint)}
+    firsts = usual(plan, checkpoint).settings
+    pairs = zip(plan.settings, firsts, strict=True)
+    return replace(plan, settings=tuple(first if s.value == theirs.get(s.type, s.value) else s for s, first in pairs))
 
 
 def leanest(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:

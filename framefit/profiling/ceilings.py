@@ -128,6 +128,7 @@ def _host_copies(device: str) -> Iterator[tuple[str, float]]:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
+        for stream in streams[: len(pairs)]:  # only now: the second copy is not to wait for the first
             current.wait_stream(stream)
 
     to, away = (on_card, sent), (back, other)
