@@ -81,7 +81,8 @@ def encoded(vae: Any, video: Sequence[torch.Tensor], pieces: Pieces) -> torch.Te
     tiles = pieces.tiles(video[0].shape[3] // stride, video[0].shape[4] // stride, stride)
     one_by_one = pieces.one_by_one or bool(tiles and not pieces.shelf)  # halos are widest where pictures are largest
 
-    count, each = 1 + (len(video) - 1) // config.scale_factor_temporal, config.scale_factor_temporal
+    each = config.scale_factor_temporal
+    count = 1 + (len(video) - 1) // each
 
     def taken(groups: Sequence[int]) -> Iterator[torch.Tensor]:
         coming = iter(video)
