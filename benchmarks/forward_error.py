@@ -50,12 +50,13 @@ class Work:
 
 
 ALONE = ({"chunk": "rows"}, {"offload": "block"}, {"chunk": "rows", "offload": "leaf"})
+LARGE = (*ALONE, {"chunk": "rows:16384"}, {"chunk": "rows:32768"})
 GUIDED = (*ALONE, {"guidance": "apart"}, {"guidance": "apart", "chunk": "rows", "offload": "block"})
 WAN_PIECES = ({"decode": "frame"}, {"decode": "tile:256"}, {"decode": "ram:640"}, {"decode": "ram:352"})
 
 WORKS = {
-    "wan2.2-a14b-480p": Work("wan2.2-i2v-a14b", "transformer", 832, 480, 81, ALONE),
-    "wan2.2-ti2v-5b": Work("wan2.2-ti2v-5b", "transformer", 1280, 704, 121, ALONE),
+    "wan2.2-a14b-480p": Work("wan2.2-i2v-a14b", "transformer", 832, 480, 81, LARGE),
+    "wan2.2-ti2v-5b": Work("wan2.2-ti2v-5b", "transformer", 1280, 704, 121, LARGE),
     "easyanimate-7b-384": Work("easyanimate-v5.1-7b-inp", "transformer", 672, 384, 49, GUIDED),
     "i2vgen-xl-512": Work("i2vgen-xl", "unet", 512, 512, 16, GUIDED),
     "wan2.1-vae-480p": Work("wan2.2-i2v-a14b", "vae", 832, 480, 81, WAN_PIECES),

@@ -7,7 +7,7 @@ casts. A block overwrites the hidden states that it is given: at 720p a second c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -17,12 +17,18 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn import functional
 
-from framefit.passes.rows import Chunked, each
+from framefit.passes.rows import Chunked, each, pieces
 
 __all__ = ["hooks", "width"]
 
 TEXT_TOKENS = 512
 """As many of the context's tokens, the last, are text in diffusers' attention; those before them are the photo's."""
+
+Modulation = Callable[[slice], tuple[torch.Tensor, ...]]
+"""Rows -> what their norm is shifted and scaled by, or what is added to them gated by: fp32, (B, 1 or rows, C) each."""
+
+FEW = 8192 * 5120
+"""Numbers that are taken at once where the maths is in fp32 and no matrix product, so that a chunk can be larger."""
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, (1, S, 1, head width)."""
@@ -40,18 +46,26 @@ class Block(Chunked):
         rotary_emb: Rotation,
     ) -> torch.Tensor:
         x, clock = hidden_states, temb if temb.ndim == 4 else temb.unsqueeze(1)
-        around = _keys(block, x, clock, rotary_emb, self.tokens(x))
+        before, gate, between, gate_after = (
+            _modulation(block.scale_shift_table, clock, slice(*which)) for which in ((0, 2), (2, 3), (3, 5), (5, 6))
+        )
+        around = [_keys(block, x, before, rotary_emb, self.tokens(x))]
+
+        def attend(rows: slice) -> None:
+            queries = _heads(block.attn1, "q", _modulated(block.norm1, x, rows, before))
+            _normalise(queries, block.attn1.norm_q, _at(rotary_emb, rows))
+            _add(x, rows, _attended(block.attn1, queries, around), gate)
+
+        each(self.tokens(x), attend)
+        around.clear()  # what follows is larger, and needs none of it
         context = _context(block.attn2, encoder_hidden_states)
 
         def compute(rows: slice) -> None:
-            part = x[:, rows]  # a view: what is added to it is in x
-            shift, scale, gate = _modulation(block, clock, rows, slice(0, 3))
-            normed = _modulated(block.norm1, part, shift, scale)
-            _add(part, _attended(block.attn1, _rotated(block.attn1, "q", normed, rotary_emb, rows), [around]), gate)
-            normed = block.norm2(part.float()).type_as(part)
-            part += _attended(block.attn2, _heads(block.attn2, "q", normed), context)
-            shift, scale, gate = _modulation(block, clock, rows, slice(3, 6))
-            _add(part, block.ffn(_modulated(block.norm3, part, shift, scale)), gate)
+            queries = _heads(block.attn2, "q", _by_few(x, rows, lambda few: block.norm2(x[:, few].float())))
+            _normalise(queries, block.attn2.norm_q)
+            x[:, rows] += _attended(block.attn2, queries, context)
+            del queries
+            _add(x, rows, block.ffn(_modulated(block.norm3, x, rows, between)), gate_after)
 
         each(self.tokens(x), compute)
         return x
@@ -84,12 +98,12 @@ class Model(Chunked):
 
     def _head(self, model: Any, x: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
         """(B, S, out channels x patch)"""
-        clock = (clock if clock.ndim == 3 else clock.unsqueeze(1)).unsqueeze(2)
+        clock = (clock if clock.ndim == 3 else clock.unsqueeze(1)).unsqueeze(2).expand(-1, -1, 2, -1)
+        modulation = _modulation(model.scale_shift_table, clock, slice(None))
         out = x.new_empty(*x.shape[:2], model.config.out_channels * math.prod(model.config.patch_size))
 
         def compute(rows: slice) -> None:
-            shift, scale = (model.scale_shift_table + _at(clock, rows)).unbind(2)
-            out[:, rows] = model.proj_out(_modulated(model.norm_out, x[:, rows], shift, scale))
+            out[:, rows] = model.proj_out(_modulated(model.norm_out, x, rows, modulation))
 
         each(self.tokens(x), compute)
         return out
@@ -107,30 +121,35 @@ def hooks(model: Any) -> Iterator[tuple[nn.Module, type[Chunked]]]:
 
 
 def _keys(
-    block: Any, x: torch.Tensor, clock: torch.Tensor, rotation: Rotation, chunks: Sequence[slice]
+    block: Any, x: torch.Tensor, modulation: Modulation, rotation: Rotation, chunks: Sequence[slice]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of all tokens, each (B, S, heads, width)."""
     attn = block.attn1
     keys, values = (x.new_empty(*x.shape[:2], attn.heads, attn.kv_inner_dim // attn.heads) for _ in range(2))
 
     def compute(rows: slice) -> None:
-        shift, scale, _ = _modulation(block, clock, rows, slice(0, 3))
-        normed = _modulated(block.norm1, x[:, rows], shift, scale)
-        keys[:, rows] = _rotated(attn, "k", normed, rotation, rows)
-        values[:, rows] = attn.to_v(normed).unflatten(2, (attn.heads, -1))
+        normed = _modulated(block.norm1, x, rows, modulation)
+        keys[:, rows], values[:, rows] = (_heads(attn, which, normed) for which in "kv")
+        del normed
+        _normalise(keys[:, rows], attn.norm_k, _at(rotation, rows))
 
     each(chunks, compute)
     return keys, values
 
 
+def _at(rotation: Rotation, rows: slice) -> Rotation:
+    cos, sin = rotation
+    return cos[:, rows], sin[:, rows]
+
+
 def _context(attn: Any, context: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of the text, and where there are any of the photo's tokens."""
     if attn.add_k_proj is None:
-        return [(_heads(attn, "k", context), attn.to_v(context).unflatten(2, (attn.heads, -1)))]
+        return [(_normalise(_heads(attn, "k", context), attn.norm_k), _heads(attn, "v", context))]
     photo, text = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
     of_photo = attn.norm_added_k(attn.add_k_proj(photo)), attn.add_v_proj(photo)
     return [
-        (_heads(attn, "k", text), attn.to_v(text).unflatten(2, (attn.heads, -1))),
+        (_normalise(_heads(attn, "k", text), attn.norm_k), _heads(attn, "v", text)),
         tuple(tensor.unflatten(2, (attn.heads, -1)) for tensor in of_photo),
     ]
 
@@ -145,47 +164,79 @@ def _attended(attn: Any, queries: torch.Tensor, to: Sequence[tuple[torch.Tensor,
     return out
 
 
-def _heads(attn: Any, which: str, rows: torch.Tensor) -> torch.Tensor:
-    """Queries ("q") or keys ("k"), normalised, (B, rows, heads, width)."""
-    project, norm = (attn.to_q, attn.norm_q) if which == "q" else (attn.to_k, attn.norm_k)
-    heads: torch.Tensor = norm(project(rows)).unflatten(2, (attn.heads, -1))
+def _heads(attn: Any, which: str, x: torch.Tensor) -> torch.Tensor:
+    """Queries ("q"), keys ("k") or values ("v") of the tokens in `x`, (B, rows, heads, width)."""
+    made: torch.Tensor = getattr(attn, f"to_{which}")(x).unflatten(2, (attn.heads, -1))
+    return made
+
+
+def _normalise(heads: torch.Tensor, norm: Any, rotation: Rotation | None = None) -> torch.Tensor:
+    """Queries or keys in place; by the rows' own `rotation` turned by their place in the video, too."""
+
+    def compute(few: slice) -> None:
+        part = heads[:, few]
+        normed = norm(part.flatten(2)).view_as(part)
+        if rotation is None:
+            part.copy_(normed)
+            return
+        cos, sin = (table[:, few, :, first::2] for first, table in enumerate(rotation))
+        even, odd = normed[..., 0::2], normed[..., 1::2]
+        part[..., 0::2] = even * cos - odd * sin
+        part[..., 1::2] = even * sin + odd * cos
+
+    each(_few(slice(0, heads.shape[1]), heads), compute)
     return heads
 
 
-def _rotated(attn: Any, which: str, x: torch.Tensor, rotation: Rotation, rows: slice) -> torch.Tensor:
-    """The same turned by their place in the video."""
-    heads = _heads(attn, which, x)
-    cos, sin = (table[:, rows, :, first::2] for first, table in enumerate(rotation))
-    even, odd = heads[..., 0::2], heads[..., 1::2]
-    rotated = torch.empty_like(heads)
-    rotated[..., 0::2] = even * cos - odd * sin
-    rotated[..., 1::2] = even * sin + odd * cos
-    return rotated
+def _modulation(table: torch.Tensor, clock: torch.Tensor, which: slice) -> Modulation:
+    """Of (1, N, C) and the timestep's (B, 1 or S, N, C), `which` of the N."""
+    table, clock = table[:, which].float(), clock[:, :, which]
+    if clock.shape[1] > 1:
+        return lambda rows: (table + clock[:, rows]).unbind(2)
+    alike = (table + clock).unbind(2)
+    return lambda rows: alike
 
 
-def _modulation(block: Any, clock: torch.Tensor, rows: slice, which: slice) -> tuple[torch.Tensor, ...]:
-    """Shift, scale and gate in fp32, each (B, 1 or rows, C); of `clock` (B, 1 or S, 6, C)."""
-    table: torch.Tensor = block.scale_shift_table[:, which]
-    return (table + _at(clock, rows)[:, :, which].float()).unbind(2)
-
-
-def _at(clock: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The rows' timesteps, where each has its own."""
-    return clock if clock.shape[1] == 1 else clock[:, rows]
-
-
-def _modulated(norm: Any, part: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _modulated(norm: Any, x: torch.Tensor, rows: slice, modulation: Modulation) -> torch.Tensor:
     """In fp32 inside, as diffusers does; a shift and scale of all rows alike are the norm's own weights."""
-    if scale.shape[:2] == (1, 1):
-        normed = functional.layer_norm(part.float(), norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
-    else:
-        normed = norm(part.float()).mul_(1 + scale).add_(shift)
-    return normed.type_as(part)
+
+    def compute(few: slice) -> torch.Tensor:
+        shift, scale = modulation(few)
+        part = x[:, few].float()
+        if scale.shape[:2] == (1, 1):
+            return functional.layer_norm(part, norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
+        normed: torch.Tensor = norm(part)
+        return normed.mul_(1 + scale).add_(shift)
+
+    return _by_few(x, rows, compute)
 
 
-def _add(part: torch.Tensor, out: torch.Tensor, gate: torch.Tensor) -> None:
-    """Add `out`, gated, in fp32."""
-    part.copy_((out * gate).add_(part))
+def _add(x: torch.Tensor, rows: slice, out: torch.Tensor, modulation: Modulation) -> None:
+    """Add `out`, gated, to the rows in fp32."""
+
+    def compute(few: slice) -> None:
+        (gate,), part = modulation(few), x[:, few]
+        part.copy_((out[:, few.start - rows.start : few.stop - rows.start] * gate).add_(part))
+
+    each(_few(rows, x), compute)
+
+
+def _by_few(x: torch.Tensor, rows: slice, compute: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """What `compute` gives for the rows of `x`, a few at a time, because that is in fp32; in the precision of `x`."""
+    out = x.new_empty(x.shape[0], rows.stop - rows.start, x.shape[2])
+
+    def keep(few: slice) -> None:
+        out[:, few.start - rows.start : few.stop - rows.start] = compute(few)
+
+    each(_few(rows, x), keep)
+    return out
+
+
+def _few(rows: slice, x: torch.Tensor) -> list[slice]:
+    """The rows in pieces, each of at most `FEW` numbers of (B, rows, ...) as `x`."""
+    count = rows.stop - rows.start
+    most = FEW // (x.shape[0] * math.prod(x.shape[2:]))
+    return [slice(rows.start + few.start, rows.start + few.stop) for few in pieces(count, most)]
 
 
 def _patches_to_video(x: torch.Tensor, grid: Sequence[int], patch: Sequence[int]) -> torch.Tensor:

@@ -50,7 +50,8 @@ def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _chunk(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Smaller chunks take more time on a card; of I2VGen-XL's UNet a row is a pixel, and no chunk is of few."""
-    return ("none", "rows") if checkpoint.family == "i2vgen" else ("none", "rows:16384", "rows:8192", "rows")
+    few = () if checkpoint.family == "i2vgen" else ("rows:32768", "rows:16384", "rows:8192")
+    return "none", *few, "rows"
 
 
 def _divides(plan: Plan, value: str, tier: Tier) -> bool:

@@ -87,9 +87,9 @@ def random_per_s() -> float:
 
 
 def pinned_gb_per_s(device: str) -> float:
-    """Host memory that is fetched and pinned, as what a VAE remembers is."""
-    transfer, kept = transfer_for(torch.device(device)), list[object]()  # to let it go takes time as well
-    return PINNED_BYTES / _once(lambda: kept.append(transfer.piece(PINNED_BYTES)), device) / 1e9
+    """Host memory that is fetched, pinned and let go, as what a VAE remembers is."""
+    transfer = transfer_for(torch.device(device))
+    return PINNED_BYTES / _once(lambda: transfer.piece(PINNED_BYTES), device) / 1e9
 
 
 def _once(call: Call, device: str) -> float:

@@ -28,6 +28,8 @@ pytestmark = [
 
 CARD = torch.device("cuda:0")
 GIB = 2**30
+PINNED = 9
+"""Frames, of the first and the second group, whose memories differ in size."""
 WAYS = {"wan2.2-i2v-a14b": wan_vae, "wan2.2-ti2v-5b": wan_vae, "easyanimate-v5.1-7b-inp": magvit_vae}
 SIZES = {
     "wan2.2-i2v-a14b": (832, 480, 33),
@@ -57,10 +59,10 @@ class Found:
     peak_bytes: int
     said_bytes: int
     """By the dry run, weights and all."""
-    seconds: float
+    frame_s: float
 
     def __str__(self) -> str:
-        return f"{self.peak_bytes / GIB:.2f} GiB of {self.said_bytes / GIB:.2f} said, {self.seconds:.2f} s"
+        return f"{self.peak_bytes / GIB:.2f} GiB of {self.said_bytes / GIB:.2f} said, {self.frame_s:.4f} s a frame"
 
 
 def vae_of(id: str, dtype: torch.dtype) -> Parts:
@@ -84,15 +86,17 @@ def latents_of(parts: Parts, size: tuple[int, int, int]) -> torch.Tensor:
 
 
 def decoded(parts: Parts, latents: torch.Tensor) -> tuple[torch.Tensor, int, float]:
-    """Frames, bytes allocated at the peak and seconds."""
+    """Frames, bytes allocated at the peak and seconds a frame, once all memory for it has been pinned."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(CARD)
     torch.cuda.synchronize(CARD)
-    began = time.perf_counter()
-    way = WAYS[parts.checkpoint.id]
-    frames = torch.cat([chunk.clone() for chunk in way.decoded(parts["vae"], latents, parts.pieces)])
-    return frames, torch.cuda.max_memory_allocated(CARD), time.perf_counter() - began
+    way, chunks, there = WAYS[parts.checkpoint.id], list[torch.Tensor](), list[tuple[int, float]]()
+    for chunk in way.decoded(parts["vae"], latents, parts.pieces):
+        chunks.append(chunk.clone())
+        there.append((sum(map(len, chunks)), time.perf_counter()))
+    (first, began), (last, ended) = next(each for each in there if each[0] >= PINNED), there[-1]
+    return torch.cat(chunks), torch.cuda.max_memory_allocated(CARD), (ended - began) / (last - first)
 
 
 @pytest.mark.usefixtures("exactly")
@@ -127,14 +131,13 @@ def test_it_takes_what_was_said_and_its_copies_hide(id: str, tmp_path: Path) -> 
         decode.apply(parts, Decode(value=value))
         latents = latents_of(parts, SIZES[id])
         decoded(parts, latents)
-        _, peak, seconds = decoded(parts, latents)
+        _, peak, frame_s = decoded(parts, latents)
         said_bytes = said.peak_bytes + said.weights_bytes["vae"]
-        found[value] = Found(peak_bytes=peak, said_bytes=said_bytes, seconds=seconds)
+        found[value] = Found(peak_bytes=peak, said_bytes=said_bytes, frame_s=frame_s)
         del parts
     told = "; ".join(f"{value}: {one}" for value, one in found.items())
     frame = found["frame"]
     for value, one in found.items():
         assert one.peak_bytes < 1.05 * one.said_bytes, f"{value} takes more than was said: {told}"
-        # one after another, copies each way, pinning and computing take 1.9 (Wan) to 2.6 of it
-        assert one.seconds < 1.85 * frame.seconds, f"copies of {value} do not hide: {told}"
+        assert one.frame_s < 1.85 * frame.frame_s, f"copies of {value} do not hide: {told}"
     assert found["ram"].peak_bytes < 0.75 * frame.peak_bytes, f"ram spares too little: {told}"
