@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from framefit.device import Device
 from framefit.families import CHECKPOINTS, Checkpoint, wan
 from framefit.families.parts import Parts, load_parts
+from framefit.ledger.counts import Tally, count
 from framefit.ledger.live import Live, block_bytes
 from framefit.passes import apply_all
 from framefit.pipeline import Pipeline
@@ -207,6 +209,23 @@ def test_a_text_is_encoded_alike_whatever_the_video(id: str, photo: Path) -> Non
     small, large = (dryrun.trace(plan_of(row, photo, size), row, known) for size in ((32, 32, 5), (64, 64, 9)))
     assert [phase.name for phase in small] == ["encode_text"]
     assert small == large
+
+
+def held_by_a_norm(weight: torch.dtype, *, card: bool) -> int:
+    """Bytes of an RMS norm of bf16 beside its input and weight."""
+    with FakeTensorMode():
+        x, norm = torch.empty(256, 512, dtype=torch.bfloat16), nn.RMSNorm(512, dtype=weight)
+        with Live([x, norm.weight]) as live, live.phase("all"), torch.no_grad():
+            count(lambda: norm(x), Tally(card=card))
+    return live.phases["all"].bytes
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_a_card_holds_no_parts_of_an_rms_norm() -> None:
+    one = block_bytes(256 * 512 * 2)
+    assert held_by_a_norm(torch.bfloat16, card=True) == one + block_bytes(256 * 4)
+    assert held_by_a_norm(torch.bfloat16, card=False) >= 4 * one  # in fp32 by parts, as a CPU does
+    assert held_by_a_norm(torch.float32, card=True) >= 4 * one  # which no kernel takes
 
 
 def test_what_ran_again_is_told_by_what_was_there_the_first_time() -> None:

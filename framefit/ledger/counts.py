@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -157,7 +158,7 @@ class _Marks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tally = self._tally
-        if tally.card and func in NORMS:
+        if tally.card and func in NORMS and _fused(*args, **(kwargs or {})):
             return self._whole(func, args, kwargs or {})
         inside = func is torch.nn.functional.scaled_dot_product_attention
         by_parts = inside and tally.card and _by_parts(*args, **(kwargs or {}))
@@ -170,15 +171,28 @@ class _Marks(TorchFunctionMode):
 
     def _whole(self, norm: Any, args: Any, kwargs: Any) -> torch.Tensor:
         tally, times = self._tally, self._tally.times
+        x = args[0] if args else kwargs["input"]
         tally.times = 0
         try:
-            result: torch.Tensor = norm(*args, **kwargs)
+            result: torch.Tensor = _one_kernel(x) if isinstance(x, FakeTensor) else norm(*args, **kwargs)
         finally:
             tally.times = times
-        x = args[0] if args else kwargs["input"]
         tally.counts.bytes["elementwise"] += times * (x.nbytes + result.nbytes)
         tally.book(row_norm(x, x.nbytes + result.nbytes))
         return result
+
+
+def _fused(input: Any, normalized_shape: Any, weight: torch.Tensor | None = None, eps: Any = None) -> bool:
+    """Whether a card's kernel takes the norm whole, and not by parts in fp32 as a CPU does: its weight is in the
+    input's precision (aten/src/ATen/native/layer_norm.cpp, rms_norm_symint)."""
+    return weight is None or weight.dtype == input.dtype
+
+
+def _one_kernel(x: torch.Tensor) -> torch.Tensor:
+    """What it makes of the fake `x`: a result, a number for each row, and of an input with gaps a copy."""
+    x = x.contiguous()
+    made = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return made[0]
 
 
 def _by_parts(query: Any, key: Any, value: Any, attn_mask: torch.Tensor | None = None, *_: Any, **__: Any) -> bool:
