@@ -25,12 +25,13 @@ __all__ = [
     "save",
 ]  # fmt: skip
 
-ATTAINED = {"matmul": 0.78, "attention": 0.58, "convolution": 0.78, "memory": 0.85, "pcie": 0.87}
+ATTAINED = {"matmul": 0.78, "attention": 0.58, "convolution": 0.78, "memory": 0.85, "pcie": 0.87, "both_ways": 0.8}
 """Share of the data sheet that a card is taken to attain where nobody measured it.
 
 Measured on one NVIDIA H200, torch 2.11: bf16 products 736 to 804 of 989 TFLOP/s, attention at head width 128 through
-cuDNN 556 to 587, copies from pinned memory 55 of 63 GB/s. Assumed: convolutions as products, memory. Cards that their
-power limit holds (T4, L4, A10) attain less; GeForce cards, whose clocks pass the boost clock of the sheet, more.
+cuDNN 556 to 587, copies from pinned memory 55 of 63 GB/s, to and from it at once 50 each. Assumed: convolutions as
+products, memory. Cards that their power limit holds (T4, L4, A10) attain less; GeForce cards, whose clocks pass the
+boost clock of the sheet, more.
 """
 
 
@@ -59,8 +60,8 @@ RANDOM_PER_S = 1.5e8
 """Normal numbers that a host draws, where nobody measured: EasyAnimate's encoding draws 38 and 152 million of them and
 was 0.23 and 1.2 s longer than what its card did, of which it is the most (benchmarks/fit_h200_20261121.json)."""
 
-PINNED_GB_PER_S = 10.0
-"""Host memory that is fetched and pinned, where nobody measured: 0.10 s a GiB beside an H200, with 16 cores (LOG)."""
+PINNED_GB_PER_S = 5.6
+"""Host memory that is fetched, pinned and let go, where nobody measured: as beside an H200, with 16 cores (LOG)."""
 
 FIRST_S = 0.012
 """Of a convolution whose shapes a process has not met, where nobody measured: cuDNN looks for its kernels. First steps
@@ -276,7 +277,7 @@ def of_sheet(card: Card) -> Rates:
         memory_gb_per_s=card.memory_gb_per_s * ATTAINED["memory"],
         host_to_device_gb_per_s=card.pcie_gb_per_s * ATTAINED["pcie"],
         device_to_host_gb_per_s=card.pcie_gb_per_s * ATTAINED["pcie"],
-        both_ways_gb_per_s=card.pcie_gb_per_s * ATTAINED["pcie"] / 2,  # as copies beside decodes were seen on an H200
+        both_ways_gb_per_s=card.pcie_gb_per_s * ATTAINED["both_ways"],
         unseen=Unseen.assumed(card.compute_capability),
     )  # fmt: skip
 
