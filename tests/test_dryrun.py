@@ -215,10 +215,11 @@ def test_a_text_is_encoded_alike_whatever_the_video(id: str, photo: Path) -> Non
     assert small == large
 
 
-def held_by_a_norm(weight: torch.dtype, *, card: bool) -> int:
+def held_by_a_norm(weight: torch.dtype, *, card: bool, gaps: bool = False) -> int:
     """Bytes of an RMS norm of bf16 beside its input and weight."""
     with FakeTensorMode():
-        x, norm = torch.empty(256, 512, dtype=torch.bfloat16), nn.RMSNorm(512, dtype=weight)
+        x = torch.empty(256, 1024 if gaps else 512, dtype=torch.bfloat16)[:, :512]
+        norm = nn.RMSNorm(512, dtype=weight)
         with Live([x, norm.weight]) as live, live.phase("all"), torch.no_grad():
             count(lambda: norm(x), Tally(card=card))
     return live.phases["all"].bytes
@@ -228,6 +229,7 @@ def held_by_a_norm(weight: torch.dtype, *, card: bool) -> int:
 def test_a_card_holds_no_parts_of_an_rms_norm() -> None:
     one = block_bytes(256 * 512 * 2)
     assert held_by_a_norm(torch.bfloat16, card=True) == one + block_bytes(256 * 4)
+    assert held_by_a_norm(torch.bfloat16, card=True, gaps=True) == 2 * one + block_bytes(256 * 4)
     assert held_by_a_norm(torch.bfloat16, card=False) >= 4 * one  # in fp32 by parts, as a CPU does
     assert held_by_a_norm(torch.float32, card=True) >= 4 * one  # which no kernel takes
 

@@ -1,4 +1,4 @@
-"""Wan's transformer in chunks of tokens: one pass for keys and values, one for all that a token does by itself.
+"""Wan's transformer in chunks of tokens: one pass for keys and values, one that attends to them, one for the rest.
 
 Restates `WanTransformerBlock` and `WanTransformer3DModel` of diffusers 0.42.1 over their own children, with their
 casts. A block overwrites the hidden states that it is given: at 720p a second copy would be 0.7 GiB.
@@ -52,19 +52,15 @@ class Block(Chunked):
         around = [_keys(block, x, before, rotary_emb, self.tokens(x))]
 
         def attend(rows: slice) -> None:
-            queries = _heads(block.attn1, "q", _modulated(block.norm1, x, rows, before))
-            _normalise(queries, block.attn1.norm_q, _at(rotary_emb, rows))
-            _add(x, rows, _attended(block.attn1, queries, around), gate)
+            turn = _at(rotary_emb, rows)
+            _add(x, rows, _attended(block.attn1, _modulated(block.norm1, x, rows, before), around, turn), gate)
 
         each(self.tokens(x), attend)
         around.clear()  # what follows is larger, and needs none of it
         context = _context(block.attn2, encoder_hidden_states)
 
         def compute(rows: slice) -> None:
-            queries = _heads(block.attn2, "q", _by_few(x, rows, lambda few: block.norm2(x[:, few].float())))
-            _normalise(queries, block.attn2.norm_q)
-            x[:, rows] += _attended(block.attn2, queries, context)
-            del queries
+            x[:, rows] += _attended(block.attn2, _by_few(x, rows, lambda few: block.norm2(x[:, few].float())), context)
             _add(x, rows, block.ffn(_modulated(block.norm3, x, rows, between)), gate_after)
 
         each(self.tokens(x), compute)
@@ -129,8 +125,8 @@ def _keys(
 
     def compute(rows: slice) -> None:
         normed = _modulated(block.norm1, x, rows, modulation)
-        keys[:, rows], values[:, rows] = (_heads(attn, which, normed) for which in "kv")
-        del normed
+        keys[:, rows] = _heads(attn, "k", normed)
+        values[:, rows] = _heads(attn, "v", normed)
         _normalise(keys[:, rows], attn.norm_k, _at(rotation, rows))
 
     each(chunks, compute)
@@ -154,11 +150,17 @@ def _context(attn: Any, context: torch.Tensor) -> list[tuple[torch.Tensor, torch
     ]
 
 
-def _attended(attn: Any, queries: torch.Tensor, to: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """What the queries find in each of `to`, added and projected, (B, rows, C)."""
+def _attended(
+    attn: Any, x: torch.Tensor, to: Sequence[tuple[torch.Tensor, torch.Tensor]], rotation: Rotation | None = None
+) -> torch.Tensor:
+    """What the tokens in `x` find in each of `to`, added and projected, (B, rows, C)."""
+    queries = _heads(attn, "q", x)
+    del x  # each is let go before the next is made
+    _normalise(queries, attn.norm_q, rotation)
     backend = attn.processor._attention_backend
     found = (dispatch_attention_fn(queries, keys, values, backend=backend) for keys, values in to)
     out: torch.Tensor = reduce(torch.add, (heads.flatten(2, 3).type_as(queries) for heads in found))
+    del queries
     for module in attn.to_out:
         out = module(out)
     return out

@@ -29,7 +29,7 @@ pytestmark = [
 CARD = torch.device("cuda:0")
 GIB = 2**30
 PINNED = 9
-"""Frames, of the first and the second group, whose memories differ in size."""
+"""Frames after which no group's memories differ in size from those before."""
 WAYS = {"wan2.2-i2v-a14b": wan_vae, "wan2.2-ti2v-5b": wan_vae, "easyanimate-v5.1-7b-inp": magvit_vae}
 SIZES = {
     "wan2.2-i2v-a14b": (832, 480, 33),
@@ -139,5 +139,6 @@ def test_it_takes_what_was_said_and_its_copies_hide(id: str, tmp_path: Path) -> 
     frame = found["frame"]
     for value, one in found.items():
         assert one.peak_bytes < 1.05 * one.said_bytes, f"{value} takes more than was said: {told}"
-        assert one.frame_s < 1.85 * frame.frame_s, f"copies of {value} do not hide: {told}"
+        # 0.88 to 1.25 on an H200; 1.7 where kernels and copies each way take turns
+        assert one.frame_s < 1.45 * frame.frame_s, f"copies of {value} do not hide: {told}"
     assert found["ram"].peak_bytes < 0.75 * frame.peak_bytes, f"ram spares too little: {told}"
