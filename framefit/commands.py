@@ -120,6 +120,8 @@ def _plan_diff(flags: Namespace) -> int:
     from framefit.plan import Plan
     from framefit.planning import differences
 
+    if given := [*_asked(flags), *_limited(flags), *["--table"] * flags.table]:
+        raise UsageError(f"--diff compares two saved plans, and {given[0]} asks for another: leave one out.")
     found = differences(*(Plan.read(file) for file in flags.diff))
     rows = plans.differing(found, *map(str, flags.diff))
     text = _table(rows) if found else "the plans are the same"
@@ -131,6 +133,8 @@ def _plan_table(flags: Namespace) -> int:
     from framefit.families import CHECKPOINTS
     from framefit.planning import fits
 
+    if given := [flag for flag in (*_asked(flags), *_limited(flags)) if flag not in ("--model", "--quality", "--ram")]:
+        raise UsageError(f"--table is of cards and presets of its own, and {given[0]} would not count: leave it out.")
     if flags.model is not None and flags.model not in CHECKPOINTS:
         raise UsageError(f"--table is for the published models and '{flags.model}' is none: framefit models ls.")
     rows = list(
@@ -200,8 +204,7 @@ def diagnose(flags: Namespace) -> None:
 
     if flags.profile:
         beside = {"--layers": flags.layers, "--output": flags.output}
-        beside |= {f"--{name}": getattr(flags, name) for name in Budget.flags()}
-        if given := [*_asked(flags), *(flag for flag, value in beside.items() if value)]:
+        if given := [*_asked(flags), *_limited(flags), *(flag for flag, value in beside.items() if value)]:
             raise UsageError(f"--from reads what was measured before, and {given[0]} asks to measure: leave one out.")
         case = findings.read(flags.profile)
     else:
@@ -466,6 +469,11 @@ def _asked(flags: Namespace) -> list[str]:
         "--set": flags.settings or None, "--quality": flags.quality, "--untuned": flags.untuned or None,
     }  # fmt: skip
     return [flag for flag, value in values.items() if value is not None]
+
+
+def _limited(flags: Namespace) -> list[str]:
+    """What was given of the flags that say where it is to be made, and within what."""
+    return [f"--{name}" for name in ("device", *Budget.flags()) if getattr(flags, name) is not None]
 
 
 def _default_output() -> Path:

@@ -111,15 +111,6 @@ class Unseen:
     convolution: Mapping[str, Mapping[str, tuple[tuple[int, int], ...]]]
     """"conv2d", "conv3d" -> precision -> (bytes of input, weight and output; workspace bytes), the smaller first."""
 
-    def convolution_bytes(self, kind: str, precision: str, bytes: int) -> int:
-        """cuDNN's workspace for a "conv2d" or "conv3d" of `bytes` in all: on the line through what was measured."""
-        points = self.convolution.get(kind, {}).get(precision)
-        if not points:
-            return int(bytes * WORKSPACE_SHARE)
-        (x0, y0), (x1, y1) = points[0], points[-1]
-        slope = (y1 - y0) / (x1 - x0) if x1 != x0 else 0.0
-        return max(0, int(y0 + slope * (bytes - x0)))
-
     @classmethod
     def assumed(cls, compute_capability: tuple[int, int]) -> Self:
         """For a card that was not probed."""
@@ -137,10 +128,6 @@ class Unseen:
             for kind, by in data["convolution"].items()
         }
         return cls(**(data | {"convolution": convolution}))
-
-
-WORKSPACE_SHARE = 1 / 3
-"""Of input, weight and output, where nobody measured: EasyAnimate's decode on an H200 peaks 22 % above its tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

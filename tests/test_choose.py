@@ -489,6 +489,23 @@ def test_two_saved_plans_are_told_apart(
     assert run_cli("plan", "--diff", str(a), str(tmp_path / "none.json")) == 3
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--table", "--vram", "8GiB"], "--vram would not count"),
+        (["--table", "--device", "l4"], "--device would not count"),
+        (["--table", "--size", "832x480"], "--size would not count"),
+        (["--diff", "a", "b", "--pinned", "8GiB"], "--pinned asks for another"),
+        (["--diff", "a", "b", "--table"], "--table asks for another"),
+    ],
+)
+def test_a_flag_that_would_not_count_is_refused(
+    flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("plan", *flags) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_saved_plan_is_run_again(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = (
         str(photo), "-p", "pan", "--size", "64x64", "--frames", "5", "--steps", "2", "--seed", "4", "--device", "cpu",

@@ -310,13 +310,7 @@ def test_seconds_of_work() -> None:
     assert RATES.seconds("matmul", work) is None
 
 
-def test_a_workspace_lies_on_the_line_through_what_was_measured() -> None:
-    assert SEEN.convolution_bytes("conv3d", "bf16", 1000) == 600
-    assert SEEN.convolution_bytes("conv3d", "bf16", 5000) == 2600
-    assert SEEN.convolution_bytes("conv3d", "bf16", 0) == 100
-    assert SEEN.convolution_bytes("conv3d", "fp32", 3000) == 1000
-    alone = replace(SEEN, convolution={"conv2d": {"fp16": ((10, 7),)}})
-    assert alone.convolution_bytes("conv2d", "fp16", 1000) == 7
+def test_what_is_unseen_is_read_back() -> None:
     assert Unseen.from_json(json.loads(json.dumps(asdict(SEEN)))) == SEEN
 
 
