@@ -509,7 +509,7 @@ def test_the_command(
     assert json.loads(said("--from", folder, "--json")) == facts | {"layers": []}
     text = said("--from", folder)
     assert all(finding["rule"] in text for finding in facts["findings"])
-    for more in ("--layers", "--steps=4"):
+    for more in ("--layers", "--steps=4", "--device=cpu"):
         with pytest.raises(SystemExit) as refused:
             main(["diagnose", "--from", folder, more])
         assert refused.value.code == 2
