@@ -46,24 +46,25 @@ class Block(Chunked):
         rotary_emb: Rotation,
     ) -> torch.Tensor:
         x, clock = hidden_states, temb if temb.ndim == 4 else temb.unsqueeze(1)
+        chunks = self.tokens(x)
         before, gate, between, gate_after = (
             _modulation(block.scale_shift_table, clock, slice(*which)) for which in ((0, 2), (2, 3), (3, 5), (5, 6))
         )
-        around = [_keys(block, x, before, rotary_emb, self.tokens(x))]
+        around = [_keys(block, x, before, rotary_emb, chunks)]
 
         def attend(rows: slice) -> None:
             turn = _at(rotary_emb, rows)
             _add(x, rows, _attended(block.attn1, _modulated(block.norm1, x, rows, before), around, turn), gate)
 
-        each(self.tokens(x), attend)
+        each(chunks, attend)
         around.clear()  # what follows is larger, and needs none of it
         context = _context(block.attn2, encoder_hidden_states)
 
-        def compute(rows: slice) -> None:
+        def finish(rows: slice) -> None:
             x[:, rows] += _attended(block.attn2, _by_few(x, rows, lambda few: block.norm2(x[:, few].float())), context)
             _add(x, rows, block.ffn(_modulated(block.norm3, x, rows, between)), gate_after)
 
-        each(self.tokens(x), compute)
+        each(chunks, finish)
         return x
 
 
