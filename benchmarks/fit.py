@@ -292,25 +292,28 @@ def _table(flags: argparse.Namespace) -> None:
 
 def _goals(found: list[dict[str, Any]]) -> Iterator[str]:
     """A line for every row in its goal's memory."""
-    head = ["work", "goal GiB", "cap", "reserved", "binding", "step resident s", "step s", "", "decode", "relative L2"]
-    yield f"| {' | '.join([*head, 'pinned GiB', 'settings'])} |"
-    yield "|---" * (len(head) + 2) + "|"
+    head = ["work", "goal GiB", "cap", "reserved", "allocated", "binding", "step resident s", "step s", "", "decode"]
+    head += ["relative L2", "host RSS GiB", "pinned", "moved", "settings"]
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
     for each in found:
         resident, goal = each["plans"]["resident"], each["plans"].get("goal")
         if goal is None:
-            yield f"| {each['row']} | {ROWS[each['row']].goal_gib:g} | not run yet |" + " |" * (len(head) - 1)
+            yield f"| {each['row']} | {ROWS[each['row']].goal_gib:g} | not run yet |" + " |" * (len(head) - 3)
             continue
         said, cap = goal["said"], goal["cap_bytes"] / GIB
         begin = f"| {each['row']} | {said['goal_bytes'] / GIB:g} | {cap:.2f} "
         if "failed" in goal:
-            yield begin + f"| **{goal['failed'][:160]}** |" + " |" * (len(head) - 3) + f" {_settings(said)} |"
+            yield begin + f"| **{goal['failed'][:160]}** |" + " |" * (len(head) - 5) + f" {_settings(said)} |"
             continue
         binding, phase = max(goal["phases"].items(), key=lambda phase: phase[1]["reserved_bytes"])
         was, now = (fmean(step["seconds"] for step in of["steps"][1:]) for of in (resident, goal))
         decode = goal["phases"]["decode"]["seconds"] / resident["phases"]["decode"]["seconds"]
         yield begin + (
-            f"| {phase['reserved_bytes'] / GIB:.2f} | {binding} | {was:.3f} | {now:.3f} | {now / was - 1:+.1%} "
-            f"| {decode:.2f}x | {goal['relative_l2']:.2g} | {goal['pinned_bytes'] / GIB:.1f} | {_settings(said)} |"
+            f"| {phase['reserved_bytes'] / GIB:.2f} | {phase['allocated_bytes'] / GIB:.2f} | {binding} "
+            f"| {was:.3f} | {now:.3f} | {now / was - 1:+.1%} | {decode:.2f}x | {goal['relative_l2']:.2g} "
+            f"| {goal['host_rss_bytes'] / GIB:.1f} | {goal['pinned_bytes'] / GIB:.1f} "
+            f"| {goal['moved_bytes'] / GIB:.1f} | {_settings(said)} |"
         )
 
 
