@@ -6,11 +6,17 @@
     python benchmarks/fit.py table FOLDER --out benchmarks/fit_h200_DATE
 
 Each row runs in a process of its own: random weights on the card, once to warm up, then whole runs, encoding and
-decoding too, one plan after the other; what is said of each knows which convolutions those before it have met. "goal"
-is what `predict` derived for the goal's memory, with two steps or more on each side of the swap of experts: it runs
-under a cap on what torch's allocator reserves, the goal. Every other plan, and a goal's that does not fit, runs under
-what was said and MARGIN more. Weights are random, so that the video means nothing; seconds and bytes do not depend on
-them. Predict with the versions of the libraries that will run: another transformers computes attention otherwise.
+decoding too, one plan after the other; what is said of each knows which convolutions those before it have met.
+
+- "resident" is the reference, and has the whole card: a limit would slow it.
+- "goal" is what `predict` derived for the goal's memory, with two steps or more on each side of the swap of experts: it
+  runs under a cap on what torch's allocator reserves, the goal.
+- "near" encodes and decodes as the goal's, but with the VAE near, under a cap of NEAR_BYTES. It denoises nothing.
+- "host" is what was derived for the goal's memory beside HOST_BYTES of RAM; XDG_STATE_HOME needs room for the weights.
+- Every other plan, and one that does not fit, runs under what was said and MARGIN more.
+
+Weights are random, so that the video means nothing; seconds and bytes do not depend on them. Predict with the versions
+of the libraries that will run: another transformers computes attention otherwise.
 """
 
 from __future__ import annotations
@@ -20,10 +26,12 @@ import gc
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,11 +48,13 @@ from framefit.errors import DoesNotFit
 from framefit.families import CHECKPOINTS, Checkpoint
 from framefit.families.parts import PRECISIONS, Parts
 from framefit.ledger import Ledger
+from framefit.ledger.phases import resident_peak
+from framefit.ledger.transfer import Transfer
 from framefit.passes import apply_all, change, offload
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.planning import choose, fitted
-from framefit.planning.estimate import with_phases
+from framefit.planning.estimate import steps_of, with_phases
 from framefit.planning.traces import traced
 from framefit.rates import Rates
 from framefit.request import Request
@@ -55,6 +65,9 @@ CARD = "h200"
 GIB = 2**30
 RAM_BYTES = 110 * GIB
 """Free for a run beside an H200."""
+HOST_BYTES = 28 * GIB
+"""Free on a host with 32 GiB."""
+NEAR_BYTES = 2 * GIB
 STEPS = 5
 """Two before and three after Wan2.2-A14B's swap, at both sizes."""
 FEW = 2
@@ -63,6 +76,7 @@ MARGIN = 1.02
 OTHERS = {"block": {"offload": "block"}, "rows": {"chunk": "rows", "offload": "leaf"}}
 """Plans beside "resident", which is the reference's own, and "goal"."""
 BYTES, SECONDS = ("allocated_bytes", "reserved_bytes"), "seconds"
+HOST = ("host_bytes", "pinned_bytes", "moved_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,10 @@ class Row:
     """None: the model's own. 1: one branch, where the reference runs both apart anyway."""
     others: bool = True
     """Whether the other plans are measured, too."""
+    near: str = ""
+    """The decode that is near enough for NEAR_BYTES, where there is one."""
+    host: bool = False
+    """Whether it is measured with HOST_BYTES of RAM, too."""
 
 
 ROWS = {
@@ -86,9 +104,9 @@ ROWS = {
     "i2vgen-xl-1024": Row("i2vgen-xl", 1024, 1024, 32, 8),
     "easyanimate-7b-384": Row("easyanimate-v5.1-7b-inp", 672, 384, 49, 4),
     "easyanimate-7b-768": Row("easyanimate-v5.1-7b-inp", 1344, 768, 49, 8, others=False),
-    "wan2.2-a14b-480p": Row("wan2.2-i2v-a14b", 832, 480, 81, 3.3, guidance=1.0),
-    "wan2.2-a14b-720p": Row("wan2.2-i2v-a14b", 1280, 720, 81, 5.5, guidance=1.0, others=False),
-    "wan2.2-ti2v-5b": Row("wan2.2-ti2v-5b", 1280, 704, 121, 5, guidance=1.0),
+    "wan2.2-a14b-480p": Row("wan2.2-i2v-a14b", 832, 480, 81, 3.3, guidance=1.0, near="blend:384", host=True),
+    "wan2.2-a14b-720p": Row("wan2.2-i2v-a14b", 1280, 720, 81, 5.5, guidance=1.0, others=False, near="blend:320"),
+    "wan2.2-ti2v-5b": Row("wan2.2-ti2v-5b", 1280, 704, 121, 5, guidance=1.0, near="blend:80"),
 }
 
 
@@ -116,14 +134,23 @@ def _predict(flags: argparse.Namespace) -> None:
     for name in flags.only:
         row, goal = ROWS[name], int(ROWS[name].goal_gib * GIB)
         whole = Device.named(CARD, ram_bytes=RAM_BYTES)
-        plan = fitted(_plan(name, replace(whole, vram_limit_bytes=goal), {}, STEPS), CHECKPOINTS[row.model])
-        plans = {"resident": _plan(name, whole, {}, STEPS), "goal": plan}
+        plan = _fitted(name, replace(whole, vram_limit_bytes=goal))
+        plans, most = {"resident": _plan(name, whole, {}, STEPS), "goal": plan}, {"goal": goal}
+        if row.near:
+            settings = {s.type: s.value for s in plan.settings} | {"decode": row.near}
+            plans["near"], most["near"] = _plan(name, whole, settings, STEPS), NEAR_BYTES
         if row.others:
             plans |= {key: _plan(name, whole, settings, FEW) for key, settings in OTHERS.items()}
+        if row.host:
+            host = Device.named(CARD, ram_bytes=HOST_BYTES)
+            plans["host"], most["host"] = _fitted(name, replace(host, vram_limit_bytes=goal)), goal
         met = _shapes(plans["resident"])  # to warm up, too
         said = {}
         for key, each in plans.items():
-            said[key] = ({"goal_bytes": goal, "feasible": plan.feasible} if key == "goal" else {}) | _said(each, met)
+            said[key] = _said(each, met, denoised=key != "near")
+            if key in most:
+                need = max(phase["reserved_bytes"] for phase in said[key]["phases"].values())
+                said[key] |= {"goal_bytes": most[key], "feasible": need <= most[key] and not each.lacks("host")}
             met |= _shapes(each)
         found.append({"row": name, "plans": said})
         for key, each in said.items():
@@ -168,21 +195,20 @@ def _measure(name: str, plans: dict[str, Any], file: Path) -> None:
         "build_s": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     still = {few: _run(plan, parts, None)[1]}  # to warm up, too: kernels are loaded and chosen
+    found["rss_bytes"] = psutil.Process().memory_info().rss  # its own: all weights are on the card
     for key, said in plans.items():
         before, plan = plan, _plan(name, card, said["settings"], _steps(key))
-        began, rss = time.perf_counter(), psutil.Process().memory_info().rss
-        change(parts, before, plan)
-        gc.collect()
-        torch.cuda.empty_cache()
-        result: dict[str, Any] = {
-            "said": said,
-            "pack_s": round(time.perf_counter() - began, 1),
-            "rss_before_bytes": rss,
-        }
         need = max(phase["reserved_bytes"] for phase in said["phases"].values())
-        result["cap_bytes"] = said["goal_bytes"] if said.get("feasible") else int(MARGIN * need)
+        cap = said["goal_bytes"] if said.get("feasible") else int(MARGIN * need)
+        result: dict[str, Any] = {"said": said, "cap_bytes": None if key == "resident" else cap}
+        began = time.perf_counter()
         try:
-            measured, latents = _run(plan, parts, result["cap_bytes"])
+            change(parts, before, plan)
+            gc.collect()
+            torch.cuda.empty_cache()
+            result["pack_s"] = round(time.perf_counter() - began, 1)
+            given = still[STEPS] if key == "near" else None
+            measured, latents = _run(plan, parts, result["cap_bytes"], given)
             reference = still.setdefault(plan.request.steps, latents)
             result |= measured | {"relative_l2": float((latents - reference).norm() / reference.norm())}
         except (torch.OutOfMemoryError, DoesNotFit) as error:
@@ -193,7 +219,7 @@ def _measure(name: str, plans: dict[str, Any], file: Path) -> None:
 
 
 def _steps(key: str) -> int:
-    return STEPS if key in ("resident", "goal") else FEW
+    return FEW if key in OTHERS else STEPS
 
 
 def _plan(name: str, device: Device, settings: dict[str, str], steps: int) -> Plan:
@@ -215,40 +241,72 @@ def _random(checkpoint: Checkpoint, plan: Plan) -> Parts:
     return parts
 
 
-def _run(plan: Plan, parts: Parts, cap_bytes: int | None) -> tuple[dict[str, Any], torch.Tensor]:
-    """Bytes and seconds of one run, and its latents."""
-    reserved: dict[str, int] = {}
+def _run(
+    plan: Plan, parts: Parts, cap_bytes: int | None, latents: torch.Tensor | None = None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Bytes and seconds of one run, and its latents; nothing is denoised where they are given."""
+    transfers = _transfers(parts)
+    ledger = Ledger(plan.device.id)
+    watch = _Watch(transfers)
+    ledger.around = watch.around
+    pipeline = Pipeline(plan, parts, ledger, ladder=False)
+    steps: list[dict[str, Any]] = []
+    with watch, replace(plan.device, vram_limit_bytes=cap_bytes).capped() if cap_bytes else nullcontext():
+        state: State = pipeline.encode()
+        if latents is None:
+            pipeline.denoise(
+                state, on_step=lambda step: steps.append({"expert": step.expert, "seconds": round(step.seconds, 4)})
+            )
+        else:
+            state = replace(state, latents=latents.to(plan.device.id))
+        frames = sum(1 for _ in pipeline.decode(state))
+    phases = {
+        phase.name: {
+            "seconds": round(phase.seconds, 3), "allocated_bytes": phase.peak_bytes, **watch.phases[phase.name]
+        }
+        for phase in ledger.close()
+    }  # fmt: skip
+    return {"frames": frames, "steps": steps, "phases": phases}, state.latents.cpu()
+
+
+def _transfers(parts: Parts) -> list[Transfer]:
+    """What moves weights, and what a VAE remembers."""
+    placement, shelf = offload.placed(parts), parts.pieces.shelf
+    return [*([placement.transfer] if placement else []), *([shelf.args[0]] if isinstance(shelf, partial) else [])]
+
+
+class _Watch(threading.Thread):
+    """What every phase takes that the ledger does not tell: reserved bytes, and those of the host."""
+
+    def __init__(self, transfers: Sequence[Transfer]) -> None:
+        super().__init__(daemon=True)
+        self.phases: dict[str, dict[str, int]] = {}
+        self._transfers, self._now, self._over = transfers, "", threading.Event()
 
     @contextmanager
-    def around(name: str) -> Iterator[None]:
-        if name not in reserved:  # what an earlier phase left to the allocator is not this one's
+    def around(self, name: str) -> Iterator[None]:
+        if name not in self.phases:  # what an earlier phase left to the allocator is not this one's
             torch.cuda.empty_cache()
+        phase = self.phases.setdefault(name, dict.fromkeys(("reserved_bytes", *HOST), 0))
+        moved, self._now = sum(each.moved_bytes for each in self._transfers), name
+        resident_peak()
         yield
-        reserved[name] = max(reserved.get(name, 0), torch.cuda.max_memory_reserved())
+        phase["reserved_bytes"] = max(phase["reserved_bytes"], torch.cuda.max_memory_reserved())
+        phase["host_bytes"] = max(phase["host_bytes"], resident_peak())
+        phase["moved_bytes"] += sum(each.moved_bytes for each in self._transfers) - moved
 
-    ledger = Ledger(plan.device.id, around=around)
-    pipeline = Pipeline(plan, parts, ledger, ladder=False)
-    placement = offload.placed(parts)
-    steps: list[dict[str, Any]] = []
-    before = placement.transfer.moved_bytes if placement else 0
-    with replace(plan.device, vram_limit_bytes=cap_bytes).capped() if cap_bytes else nullcontext():
-        state: State = pipeline.encode()
-        pipeline.denoise(
-            state, on_step=lambda step: steps.append({"expert": step.expert, "seconds": round(step.seconds, 4)})
-        )
-        frames = sum(1 for _ in pipeline.decode(state))
-    return {
-        "frames": frames, "steps": steps, "host_rss_bytes": psutil.Process().memory_info().rss,
-        "pinned_bytes": placement.transfer.pinned_bytes if placement else 0,
-        "moved_bytes": placement.transfer.moved_bytes - before if placement else 0,
-        "phases": {
-            phase.name: {
-                "seconds": round(phase.seconds, 3), "allocated_bytes": phase.peak_bytes,
-                "reserved_bytes": reserved[phase.name],
-            }
-            for phase in ledger.close()
-        },
-    }, state.latents.cpu()  # fmt: skip
+    def run(self) -> None:
+        """Now and then: pinned memory is let go before a phase ends."""
+        while not self._over.wait(0.01):
+            if phase := self.phases.get(self._now):
+                phase["pinned_bytes"] = max(phase["pinned_bytes"], sum(each.pinned_bytes for each in self._transfers))
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
 
 
 def _shapes(plan: Plan) -> set[int]:
@@ -256,7 +314,7 @@ def _shapes(plan: Plan) -> set[int]:
     return {shape for trace in traced(plan, CHECKPOINTS[plan.request.model]) for shape in trace.shapes}
 
 
-def _said(plan: Plan, met: set[int]) -> dict[str, Any]:
+def _said(plan: Plan, met: set[int], *, denoised: bool) -> dict[str, Any]:
     """The settings that differ from the reference's, and the figures by phase, where shapes in `met` are not new."""
     checkpoint = CHECKPOINTS[plan.request.model]
     usual = {s.type: s.value for s in choose(
@@ -273,11 +331,22 @@ def _said(plan: Plan, met: set[int]) -> dict[str, Any]:
             "allocated_bytes": sum(trace.weights_bytes.values()) + trace.peak_bytes + cublas_bytes,
             "reserved_bytes": estimate[trace.name].peak_vram_bytes, "host_bytes": estimate[trace.name].host_bytes,
             "pinned_bytes": estimate[trace.name].pinned_bytes, "seconds": estimate[trace.name].seconds,
+            "moved_bytes": trace.onload_bytes + _times(plan, trace.name) * trace.bytes["host_to_device"],
             "held": dict(estimate[trace.name].held),
         }
         for trace in traces
+        if denoised or not trace.name.startswith("denoise")
     }  # fmt: skip
     return {"settings": {s.type: s.value for s in plan.settings if s.value != usual[s.type]}, "phases": phases}
+
+
+def _times(plan: Plan, phase: str) -> int:
+    """How often a phase's trace is gone through."""
+    return steps_of(plan.request, CHECKPOINTS[plan.request.model]).get(phase.removeprefix("denoise:"), 1)
+
+
+def _fitted(name: str, device: Device) -> Plan:
+    return fitted(_plan(name, device, {}, STEPS), CHECKPOINTS[ROWS[name].model])
 
 
 def _table(flags: argparse.Namespace) -> None:
@@ -285,6 +354,7 @@ def _table(flags: argparse.Namespace) -> None:
     found = [json.loads(file.read_text()) for file in files if file.exists()]
     flags.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     lines = [f"# In the goals' memory\n\n{found[0]['device']}\n", *_goals(found)]
+    lines += ["\n## With the VAE near\n", *_near(found)]
     lines += ["\n## What was said, and what it took\n", *_errors(found), "", *_phases(found)]
     flags.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     _draw(found, flags.out.with_suffix(".png"))
@@ -293,30 +363,44 @@ def _table(flags: argparse.Namespace) -> None:
 def _goals(found: list[dict[str, Any]]) -> Iterator[str]:
     """A line for every row in its goal's memory. A step is one of those after the first, which is in "all steps" and
     in "run", five steps with encoding and decoding."""
-    head = ["work", "goal GiB", "cap", "reserved", "allocated", "binding", "step resident s", "step s", "", "all steps"]
-    head += ["decode", "run", "relative L2", "host RSS GiB", "pinned", "moved", "settings"]
+    head = ["work", "goal GiB", "reserved", "allocated", "binding", "step resident s", "step s", "", "all steps"]
+    head += ["encode", "decode", "run", "relative L2", "host GiB", "pinned", "moved", "settings"]
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
     for each in found:
-        resident, goal = each["plans"]["resident"], each["plans"].get("goal")
-        if goal is None:
-            yield f"| {each['row']} | {ROWS[each['row']].goal_gib:g} | not run yet |" + " |" * (len(head) - 3)
-            continue
-        said, cap = goal["said"], goal["cap_bytes"] / GIB
-        begin = f"| {each['row']} | {said['goal_bytes'] / GIB:g} | {cap:.2f} "
-        if "failed" in goal:
-            yield begin + f"| **{goal['failed'][:160]}** |" + " |" * (len(head) - 5) + f" {_settings(said)} |"
-            continue
-        binding, phase = max(goal["phases"].items(), key=lambda phase: phase[1]["reserved_bytes"])
-        was, now = (fmean(step["seconds"] for step in of["steps"][1:]) for of in (resident, goal))
-        denoise, decode, run = (_seconds(goal, of) / _seconds(resident, of) for of in ("denoise", "decode", ""))
-        yield begin + (
-            f"| {phase['reserved_bytes'] / GIB:.2f} | {phase['allocated_bytes'] / GIB:.2f} | {binding} "
-            f"| {was:.3f} | {now:.3f} | {now / was - 1:+.1%} | {denoise - 1:+.1%} | {decode:.2f}x | {run:.2f}x "
-            f"| {goal['relative_l2']:.2g} "
-            f"| {goal['host_rss_bytes'] / GIB:.1f} | {goal['pinned_bytes'] / GIB:.1f} "
-            f"| {goal['moved_bytes'] / GIB:.1f} | {_settings(said)} |"
-        )
+        for key, name in (("goal", each["row"]), ("host", f"{each['row']}, {HOST_BYTES / GIB:.0f} GiB of RAM")):
+            if plan := each["plans"].get(key):
+                cells = [name, f"{plan['said']['goal_bytes'] / GIB:g}", *_kept(each, plan)]
+                yield f"| {' | '.join(cells + [''] * (len(head) - len(cells) - 1))} | {_settings(plan['said'])} |"
+
+
+def _kept(each: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    if "failed" in plan:
+        return [f"**{plan['failed'][:160]}**"]
+    resident = each["plans"]["resident"]
+    binding, phase = max(plan["phases"].items(), key=lambda phase: phase[1]["reserved_bytes"])
+    was, now = (fmean(step["seconds"] for step in of["steps"][1:]) for of in (resident, plan))
+    steps, *others = (_seconds(plan, of) / _seconds(resident, of) for of in ("denoise", "encode", "decode", ""))
+    host, pinned, moved = ([_measured(each, of, what) for of in plan["phases"].values()] for what in HOST)
+    return [
+        f"{phase['reserved_bytes'] / GIB:.2f}", f"{phase['allocated_bytes'] / GIB:.2f}", binding,
+        f"{was:.3f}", f"{now:.3f}", f"{now / was - 1:+.1%}", f"{steps - 1:+.1%}", *(f"{of:.2f}x" for of in others),
+        f"{plan['relative_l2']:.2g}", *(f"{of / GIB:.1f}" for of in (max(host), max(pinned), sum(moved))),
+    ]  # fmt: skip
+
+
+def _near(found: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for every decode that is near."""
+    yield "| work | cap GiB | encode_image reserved | decode reserved | decode s | resident | settings |"
+    yield "|---" * 7 + "|"
+    for each in found:
+        if plan := each["plans"].get("near"):
+            cells = [f"**{plan['failed'][:160]}**" if "failed" in plan else ""] * 4
+            if "phases" in plan:
+                encode, decode = plan["phases"]["encode_image"], plan["phases"]["decode"]
+                cells = [f"{of['reserved_bytes'] / GIB:.2f}" for of in (encode, decode)]
+                cells += [f"{_seconds(of, 'decode'):.1f}" for of in (plan, each["plans"]["resident"])]
+            yield f"| {each['row']} | {plan['cap_bytes'] / GIB:.2f} | {' | '.join(cells)} | {_settings(plan['said'])} |"
 
 
 def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
@@ -324,24 +408,25 @@ def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
     after it the allocator keeps what nobody asks back."""
     runs = [plan for each in found for plan in each["plans"].values()]
     yield f"{len(runs)} runs, {sum('failed' in run for run in runs)} of them out of memory.\n"
-    yield "| | phases | within 5 % | within 15 % | over 2 % too little | mean of the error's size | worst |"
-    yield "|---" * 7 + "|"
-    binding = "reserved_bytes, at most in a run"
-    points = {what: _points(found, what) for what in (*BYTES, SECONDS)}
-    points |= {binding: [_most(plan) for plan in runs if "phases" in plan]}
-    points |= {f"{SECONDS}, of one and more": [point for point in points[SECONDS] if point[0] >= 1]}
-    for what in (*BYTES, binding, SECONDS, f"{SECONDS}, of one and more"):
-        off = [said / measured - 1 for measured, said in points[what]]
-        near = [sum(abs(each) <= bound for each in off) for bound in (0.05, 0.15)]
+    head = ["phases", "within 5 %", "within 10 %", "within 15 %", "over 2 % too little", "mean of the error's size"]
+    yield f"| | {' | '.join([*head, 'worst'])} |"
+    yield "|---" * (len(head) + 2) + "|"
+    points = {what: _points(found, what) for what in BYTES}
+    points |= {"reserved_bytes, at most in a run": [_most(plan) for plan in runs if "phases" in plan]}
+    points |= {SECONDS: _points(found, SECONDS), f"{SECONDS}, of one and more": _points(found, SECONDS, 1)}
+    points |= {f"{what}, of 1 GiB and more": _points(found, what, GIB) for what in HOST}
+    for what, pairs in points.items():
+        off = [said / measured - 1 for measured, said in pairs]
+        near = [sum(abs(each) <= bound for each in off) for bound in (0.05, 0.1, 0.15)]
         yield (
-            f"| {what} | {len(off)} | {near[0]} | {near[1]} "
-            f"| {sum(each < -0.02 for each in off)} "
+            f"| {what} | {len(off)} | {' | '.join(map(str, near))} | {sum(each < -0.02 for each in off)} "
             f"| {fmean(map(abs, off)):.1%} | {max(off, key=abs):+.1%} |"
         )
 
 
 def _phases(found: list[dict[str, Any]]) -> Iterator[str]:
-    head = ["work", "plan", "phase", "allocated GiB", "said", "reserved GiB", "said", "s", "said", "pinned GiB", "said"]
+    head = ["work", "plan", "phase", "allocated GiB", "said", "reserved GiB", "said", "s", "said"]
+    head += ["host GiB", "said", "pinned GiB", "said", "moved GiB", "said"]
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
     for each in found:
@@ -349,16 +434,20 @@ def _phases(found: list[dict[str, Any]]) -> Iterator[str]:
             for name, phase in plan.get("phases", {}).items():
                 said = plan["said"]["phases"][name]
                 cells = [f"{phase[what] / GIB:.2f} | {said[what] / phase[what] - 1:+.1%}" for what in BYTES]
-                yield (
-                    f"| {each['row']} | {key} | {name} | {' | '.join(cells)} | {phase[SECONDS]:.2f} "
-                    f"| {said[SECONDS] / phase[SECONDS] - 1:+.0%} | {plan['pinned_bytes'] / GIB:.1f} "
-                    f"| {said['pinned_bytes'] / GIB:.1f} |"
-                )
+                cells += [f"{phase[SECONDS]:.2f} | {said[SECONDS] / phase[SECONDS] - 1:+.0%}"]
+                cells += [f"{_measured(each, phase, what) / GIB:.1f} | {said[what] / GIB:.1f}" for what in HOST]
+                yield f"| {each['row']} | {key} | {name} | {' | '.join(cells)} |"
 
 
 def _seconds(plan: dict[str, Any], of: str) -> float:
     """Of the phases whose names begin so."""
     return sum(phase["seconds"] for name, phase in plan["phases"].items() if name.startswith(of))
+
+
+def _measured(each: dict[str, Any], phase: dict[str, Any], what: str) -> float:
+    """Of the host without what the process takes itself."""
+    value: float = phase[what]
+    return max(0.0, value - each["rss_bytes"]) if what == "host_bytes" else value
 
 
 def _most(plan: dict[str, Any]) -> tuple[int, int]:
@@ -367,12 +456,13 @@ def _most(plan: dict[str, Any]) -> tuple[int, int]:
     return measured, said
 
 
-def _points(found: list[dict[str, Any]], what: str) -> list[tuple[float, float]]:
-    """(measured, said) of every phase."""
-    return [
-        (phase[what], plan["said"]["phases"][name][what])
+def _points(found: list[dict[str, Any]], what: str, least: float = 0) -> list[tuple[float, float]]:
+    """(measured, said) of every phase of which so much was measured."""
+    pairs = (
+        (_measured(each, phase, what), plan["said"]["phases"][name][what])
         for each in found for plan in each["plans"].values() for name, phase in plan.get("phases", {}).items()
-    ]  # fmt: skip
+    )  # fmt: skip
+    return [(measured, said) for measured, said in pairs if measured >= least]
 
 
 def _draw(found: list[dict[str, Any]], file: Path) -> None:

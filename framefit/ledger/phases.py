@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Ledger", "Phase"]
+__all__ = ["Ledger", "Phase", "resident_peak"]
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class Ledger:
 
     def _book_memory(self) -> None:
         """The peak since the last booking goes to the phase that was entered last."""
-        peak = _resident_peak() if self.device == "cpu" else _allocated_peak(self.device)
+        peak = resident_peak() if self.device == "cpu" else _allocated_peak(self.device)
         if self.last:
             phase = self.phases[self.last]
             phase.peak_bytes = max(phase.peak_bytes, peak)
@@ -99,7 +99,7 @@ def _allocated_peak(device: str) -> int:
     return peak
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
     """High-water mark of resident memory since the last call; /proc/self/clear_refs 5 resets it (man 5 proc)."""
     try:
         status = Path("/proc/self/status").read_text()
