@@ -146,6 +146,45 @@ def _no_rotation(right: Any) -> Any:
     return lambda x, *args, **kwargs: x
 
 
+def _no_gate(right: Any) -> Any:
+    return lambda *args: (right(*args)[0], torch.ones(()))
+
+
+def _first_keys(right: Any) -> Any:
+    """Every part puts its keys where the first ones are."""
+
+    def wrong(part: Any, *args: Any) -> None:
+        at, part.at = part.at, slice(0, part.at.stop - (part.at.start or 0))
+        right(part, *args)
+        part.at = at
+
+    return wrong
+
+
+def _one_chunk(right: Any) -> Any:
+    """The rows of the others stay what they were."""
+
+    def wrong(chunks: Sequence[slice], compute: Callable[[slice], None]) -> None:
+        right(chunks[:1], compute)
+
+    return wrong
+
+
+def _unshifted(right: Any) -> Any:
+    return lambda table, clock, which: right(table, clock, slice(0, 2) if which == slice(3, 5) else which)
+
+
+def _not_added(right: Any) -> Any:
+    """What a layer along time gives, without what it was given."""
+
+    def wrong(hook: Any, layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = hidden_states.clone()
+        out = right(hook, layer, hidden_states, *args, **kwargs)
+        return out - given if isinstance(out, torch.Tensor) else (out[0] - given,)
+
+    return wrong
+
+
 def _a_line_less(right: Any) -> Any:
     return lambda x, width, elements: [
         slice(s.start + (s.stop - s.start > 1), s.stop) for s in right(x, width, elements)
@@ -157,12 +196,23 @@ FAULTS: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
     "wan: another row's timestep": ("wan2.2-ti2v-5b", chunk_wan, "_modulation", _timed_from_zero),
     "wan: rows left out": ("wan2.2-i2v-a14b", chunk_wan, "_few", _one_row),
     "wan: no gate": ("wan2.2-i2v-a14b", chunk_wan, "_add", _ungated),
+    "wan: the feed-forward modulated as attention": ("wan2.2-i2v-a14b", chunk_wan, "_modulation", _unshifted),
+    "wan: only the first chunk": ("wan2.2-i2v-a14b", chunk_wan, "each", _one_chunk),
     "wan: no image tokens": ("wan2.1-i2v-14b-480p", chunk_wan, "_context", _no_photo),
     "easyanimate: not turned": ("easyanimate-v5.1-7b-inp", chunk_easyanimate, "apply_rotary_emb", _no_rotation),
     "easyanimate: no keys of the text": (
         "easyanimate-v5-7b-zh-inp", chunk_easyanimate, "_text_side",
         lambda right: lambda block: chunk_easyanimate.replace(right(block), k=chunk_easyanimate._video_side(block).q),
     ),
+    "easyanimate: no gate": ("easyanimate-v5.1-7b-inp", chunk_easyanimate._Part, "_normed", _no_gate),
+    "easyanimate: keys over each other": ("easyanimate-v5.1-7b-inp", chunk_easyanimate._Part, "keys", _first_keys),
+    "easyanimate: only the first chunk": ("easyanimate-v5.1-7b-inp", chunk_easyanimate, "each", _one_chunk),
+    "tokens: only the first chunk": ("easyanimate-v5.1-7b-inp", rows, "each", _one_chunk),
+    "unet: frames left out": ("i2vgen-xl", rows, "each", _one_chunk),
+    "unet: convolutions along time not added": (
+        "i2vgen-xl", chunk_unet.TemporalConvolution, "new_forward", _not_added,
+    ),
+    "unet: attention along time not added": ("i2vgen-xl", chunk_unet.TemporalTransformer, "new_forward", _not_added),
     "unet: statistics of one frame": ("i2vgen-xl", chunk_unet, "_changes", _first_frame),
     "unet: another frame's context": ("i2vgen-xl", rows.Frames, "_others", _other_frames),
     "unet: lines left out": ("i2vgen-xl", chunk_unet, "_lines", _a_line_less),
