@@ -21,7 +21,7 @@ RUNG = 1.01
 0.975 (A14B at 480p on an L4, all rows as one chunk, whose modulation is the norm's own; an H200 took 0.99) to 2 (the
 5B, tiles of 128 px). With a bound below that most plans would cost two dry runs more, for at most 3 % of their
 seconds. Of Wan's decode `ram:640` is said to take 0.84 (an L4) to 1.2 (an H200) of `whole`, as a card computes slower
-or its link is; an H200, the only one that has run it, took 0.97 to 1.13: `whole` stands first."""
+or its link is; an H200, the only one that has run it, took 1.11 to 1.31: `whole` stands first."""
 
 
 @dataclass(frozen=True, slots=True)
