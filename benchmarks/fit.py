@@ -11,8 +11,9 @@ decoding too, one plan after the other; what is said of each knows which convolu
 - "resident" is the reference, and has the whole card: a limit would slow it.
 - "goal" is what `predict` derived for the goal's memory, with two steps or more on each side of the swap of experts: it
   runs under a cap on what torch's allocator reserves, the goal.
-- "near" encodes and decodes as the goal's, but with the VAE near, under a cap of NEAR_BYTES. It denoises nothing.
 - "host" is what was derived for the goal's memory beside HOST_BYTES of RAM; XDG_STATE_HOME needs room for the weights.
+- "near" encodes and decodes as the plan before it, but with the VAE near, under a cap of NEAR_BYTES. It denoises
+  nothing.
 - Every other plan, and one that does not fit, runs under what was said and MARGIN more.
 
 Weights are random, so that the video means nothing; seconds and bytes do not depend on them. Predict with the versions
@@ -136,14 +137,14 @@ def _predict(flags: argparse.Namespace) -> None:
         whole = Device.named(CARD, ram_bytes=RAM_BYTES)
         plan = _fitted(name, replace(whole, vram_limit_bytes=goal))
         plans, most = {"resident": _plan(name, whole, {}, STEPS), "goal": plan}, {"goal": goal}
-        if row.near:
-            settings = {s.type: s.value for s in plan.settings} | {"decode": row.near}
-            plans["near"], most["near"] = _plan(name, whole, settings, STEPS), NEAR_BYTES
         if row.others:
             plans |= {key: _plan(name, whole, settings, FEW) for key, settings in OTHERS.items()}
         if row.host:
             host = Device.named(CARD, ram_bytes=HOST_BYTES)
             plans["host"], most["host"] = _fitted(name, replace(host, vram_limit_bytes=goal)), goal
+        if row.near:  # the last one: its VAE stays in 16 bits
+            settings = {s.type: s.value for s in list(plans.values())[-1].settings} | {"decode": row.near}
+            plans["near"], most["near"] = _plan(name, whole, settings, STEPS), NEAR_BYTES
         met = _shapes(plans["resident"])  # to warm up, too
         said = {}
         for key, each in plans.items():
