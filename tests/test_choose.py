@@ -79,7 +79,7 @@ def made_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     activations = {name: int(draw.uniform(1, 9) * GIB) for name in ("encode_text", "encode_image", "denoise", "decode")}
     flops = {name: int(draw.uniform(1, 50) * 1e12) for name in activations}
     shrink = {"apart": 0.5, "half": 0.7, "few": 0.4, "tiled": 0.3}
-    slower = {value: draw.uniform(RUNG, 1.2) for value in (*shrink, "frame", "int8")}
+    slower = {value: draw.uniform(0.8, 1.2) for value in (*shrink, "frame", "int8")}
     asked: list[dict[str, str]] = []
 
     def resident(plan: Plan, checkpoint: Checkpoint, folder: Any = None) -> tuple[PhaseTrace, ...]:
@@ -141,19 +141,40 @@ def every(plan: Plan, tiers: Sequence[str]) -> list[Plan]:
     return found
 
 
+def told(plans: Sequence[Plan]) -> list[float]:
+    """Seconds of each, no phase of which is sooner by `RUNG` a rung than with values before, fewer weights apart."""
+    ladders = {
+        c.kind.type: c.values(I2VGEN) for c in candidates.CANDIDATES if not any(map(c.lightens, c.values(I2VGEN)))
+    }
+    known = {tuple(s.value for s in plan.settings): plan for plan in plans}
+
+    def phase(settings: tuple[Setting, ...], index: int) -> float:
+        plan = known[tuple(s.value for s in settings)]
+        name, least = plan.estimate.phases[index].name, plan.estimate.phases[index].seconds or 0.0
+        for i, setting in enumerate(settings):
+            values = ladders.get(setting.type, (setting.value,))
+            if setting.touches(name) and (rung := values.index(setting.value)):
+                before = type(setting)(value=values[rung - 1])
+                least = max(least, RUNG * phase((*settings[:i], before, *settings[i + 1 :]), index))
+        return least
+
+    return [sum(phase(plan.settings, i) for i in range(1, len(plan.estimate.phases))) for plan in plans]
+
+
 @pytest.mark.usefixtures("more")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_it_is_the_fastest_of_all_that_fit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up(seed, monkeypatch)
     budget = random.Random(seed).uniform(3, 16)
     for tier, tiers in (("exact", ("exact",)), ("near", ("exact", "near"))):
         plan = plan_for(budget)
         found = fitted(plan, I2VGEN, tier=tier)  # type: ignore[arg-type]
-        fitting = [each.estimate.seconds for each in every(plan, tiers) if each.feasible]
+        plans = every(plan, tiers)
+        fitting = [seconds for each, seconds in zip(plans, told(plans), strict=True) if each.feasible]
         assert found.feasible == bool(fitting)
         assert {s.tier for s in found.settings} <= set(tiers)
         if found.feasible:
-            assert found.estimate.seconds == pytest.approx(min(s for s in fitting if s is not None), rel=1e-9)
+            assert found.estimate.seconds == pytest.approx(min(fitting), rel=1e-9)
 
 
 @pytest.mark.usefixtures("more")
@@ -174,6 +195,23 @@ def test_more_budget_is_never_slower_and_what_fits_stays_within(seed: int, monke
         else:
             assert before is None, "what fitted fits with more"
     assert before is not None
+
+
+def test_more_budget_is_never_slower_where_chunks_are_told_to_be_sooner() -> None:
+    """Dry runs of A14B for an L4, on which a forward in one chunk is reckoned sooner than diffusers' own."""
+    row = CHECKPOINTS["wan2.2-i2v-a14b"]
+    card = Device.named("l4", ram_bytes=200 * GIB)
+    work = {"width": 832, "height": 480, "num_frames": 81}
+    request = Request(image=Path("x.jpg"), prompt="x", model=row.id, seed=1, steps=4, **work)
+    seconds = []
+    for budget in (3.6, 4, 4.5, 6, 9, 10, 20):
+        device = replace(card, vram_limit_bytes=int(budget * GIB))
+        plan = fitted(choose(request, row, device, photo_size=(832, 480)), row)
+        assert plan.feasible
+        assert all(phase.peak_vram_bytes <= device.budget_bytes for phase in plan.estimate.phases)
+        assert plan.estimate.seconds
+        seconds.append(plan.estimate.seconds)
+    assert seconds == sorted(seconds, reverse=True)
 
 
 @pytest.mark.usefixtures("more")

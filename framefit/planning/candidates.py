@@ -17,11 +17,10 @@ from framefit.planning.phase import PhaseTrace
 __all__ = ["CANDIDATES", "RUNG", "Candidates", "ladder", "places", "usual"]
 
 RUNG = 1.01
-"""Least seconds of a phase over those with the value before: what lets the search stop. At true size the dry run tells
-0.975 (A14B at 480p on an L4, all rows as one chunk, whose modulation is the norm's own; an H200 took 0.99) to 2 (the
-5B, tiles of 128 px). With a bound below that most plans would cost two dry runs more, for at most 3 % of their
-seconds. Of Wan's decode `ram:640` is said to take 0.84 (an L4) to 1.2 (an H200) of `whole`, as a card computes slower
-or its link is; an H200, the only one that has run it, took 1.11 to 1.31: `whole` stands first."""
+"""Least seconds of a phase over those with the value before: what a plan is told, and what lets the search stop. The
+dry run tells 0.85 (A14B's decode with `ram:640` on an L4) to 2 (the 5B, tiles of 128 px), and of the denoiser 0.96
+(chunks of EasyAnimate on an L4) to 1.1; an H200, the only card that has run them, took 1.11 to 1.31 and 0.99 to 1.08. A
+gain that small is within the error of what is told: no plan divides work for it where memory does not ask for it."""
 
 
 @dataclass(frozen=True, slots=True)

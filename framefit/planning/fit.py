@@ -3,12 +3,13 @@
 States are rungs: for every type of setting, how far down its candidates. From a state that does not fit, only a type
 that touches a phase which does not fit leads on. States are met in the order of the least seconds that they can take
 so that the first that nothing can beat is the fastest; every place for the weights is compared at each state, without
-another trace. More budget only adds states that fit: it never makes a plan slower, as far as a value is slower than the
-one before it (`candidates.RUNG`). No clock, no chance: the same inputs give the same plan.
+another trace. A value is reckoned slower than those before it (`candidates.RUNG`), so that more budget, which only adds
+states that fit, never makes a plan slower. No clock, no chance: the same inputs give the same plan.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
@@ -30,6 +31,9 @@ Rungs = tuple[int, ...]
 LEAST = 0.9
 """Bytes beside the weights over those with the last values, at least: of a short video, chunks take 6 % more than a
 whole forward does (EasyAnimate 12B)."""
+LIGHTER = 0.25
+"""Least seconds of a phase over those with the value before, where that leaves fewer bytes of weights to move: a
+quarter of them, from files."""
 TRIED = 3
 """States that do not fit after which it is asked whether any can."""
 
@@ -43,6 +47,23 @@ class Option:
     rungs: Rungs
     cost: tuple[float, int, int]
     """Seconds, 0 where they are not known; then the place of its offload in the order, and its rungs in all."""
+
+    @property
+    def place(self) -> str:
+        return self.plan.setting(Offload).value
+
+    def no_sooner(self, before: Option, each: Candidates) -> Option:
+        """Where `before` differs by the value of a type that comes before."""
+        known = {phase.name: phase.seconds for phase in before.plan.estimate.phases}
+        touches = self.plan.setting(each.kind).touches
+        phases = tuple(
+            replace(phase, seconds=max(phase.seconds, RUNG * least))
+            if phase.seconds is not None and (least := known[phase.name]) is not None and touches(phase.name)
+            else phase
+            for phase in self.plan.estimate.phases
+        )
+        plan = replace(self.plan, estimate=replace(self.plan.estimate, phases=phases))
+        return replace(self, plan=plan, cost=(plan.estimate.seconds or 0.0, *self.cost[1:]))
 
     def relieved_by(self, each: Candidates, values: Sequence[str]) -> bool:
         """Whether another value of a type could help where it does not fit: where weights alone are too much, or RAM
@@ -114,6 +135,7 @@ class _Search:
     checkpoint: Checkpoint
     tier: Tier
     _met: dict[Rungs, tuple[Option, ...]] = field(default_factory=dict)
+    _ranked: dict[Rungs, tuple[Option, ...]] = field(default_factory=dict)
 
     @property
     def ladders(self) -> list[tuple[Candidates, tuple[str, ...]]]:
@@ -128,13 +150,16 @@ class _Search:
         ladders = self.ladders
         start = (0,) * len(ladders)
         waiting: list[tuple[float, int, Rungs]] = [(0.0, 0, start)]
-        seen, best = {start}, None
+        bounds, met, best = {start: 0.0}, set[Rungs](), None
         while waiting:
             least_s, _, rungs = heappop(waiting)
             if best and (least_s, 0, sum(rungs)) >= best.cost:
                 break
-            options = self.options(rungs)
-            if best is None and len(self._met) == TRIED and self.hopeless():
+            if rungs in met:
+                continue
+            met.add(rungs)
+            options = self.ranked(rungs)
+            if best is None and len(met) == TRIED and self.hopeless():
                 break
             fitting = [option for option in options if option.plan.feasible]
             best = min([*fitting, *([best] if best else [])], key=lambda option: option.cost, default=None)
@@ -145,20 +170,19 @@ class _Search:
             for i, (each, values) in enumerate(ladders):
                 further = (*rungs[:i], rungs[i] + 1, *rungs[i + 1 :])
                 open = [o for o in hopeful if o.relieved_by(each, values)]
-                if further[i] < len(values) and further not in seen and open:
-                    seen.add(further)
-                    bound = max(least_s, min(_bound(option, each) for option in open))
-                    heappush(waiting, (bound, sum(further), further))
+                if further[i] < len(values) and open:
+                    slower = LIGHTER if _lighten(each, values[further[i] :]) else RUNG
+                    bound = min(_bound(option, each, slower) for option in open)
+                    if bound < bounds.get(further, math.inf):
+                        bounds[further] = bound
+                        heappush(waiting, (bound, sum(further), further))
         return best
 
     def hopeless(self) -> bool:
         """Whether nothing can fit: in every place some phase has too many bytes with the last values, which leave least
         beside the weights, even with the weights of the first ones. Not known where there are fewer weights to choose:
         in 8 bits they leave a little more."""
-        first, last = (
-            {option.plan.setting(Offload).value: option for option in self.options(rungs)}
-            for rungs in (self.lightest, self.last)
-        )
+        first, last = ({option.place: option for option in self.options(rungs)} for rungs in (self.lightest, self.last))
         # another value may leave a block more or less to stream, and so a place
         both = [place for place in first if place in last]
         return not any(self.lightest) and all(self._least(first[p], last[p]).lacks("device") for p in both)
@@ -200,14 +224,26 @@ class _Search:
         the first one comes what `stood` there."""
         if isinstance(setting, Offload) and setting.level != "none":
             level = {"part": "none", "block": "part", "leaf": "block", "disk": "block"}[setting.level]
-            return next(o.plan for o in self.options(option.rungs) if o.plan.offload == level)
+            return next(o.plan for o in self.ranked(option.rungs) if o.plan.offload == level)
         rungs = tuple(
             rung - (each.kind.type == setting.type) for (each, _), rung in zip(self.ladders, option.rungs, strict=True)
         )
         if min(rungs) < 0 or isinstance(setting, Offload):
             return estimated(_with(option.plan, {setting.type: stood.value}), self.checkpoint)
-        place = option.plan.setting(Offload).value
-        return next(o.plan for o in self.options(rungs) if o.plan.setting(Offload).value == place)
+        return next(o.plan for o in self.ranked(rungs) if o.place == option.place)
+
+    def ranked(self, rungs: Rungs) -> tuple[Option, ...]:
+        """As `options`, each phase `RUNG` slower than with the value before, or more. Where that leaves fewer bytes of
+        weights to move, it may well be sooner."""
+        if rungs not in self._ranked:
+            options = {option.place: option for option in self.options(rungs)}
+            for i, (each, values) in enumerate(self.ladders):
+                if rungs[i] and not _lighten(each, values[: rungs[i] + 1]):
+                    for before in self.ranked((*rungs[:i], rungs[i] - 1, *rungs[i + 1 :])):
+                        if option := options.get(before.place):
+                            options[before.place] = option.no_sooner(before, each)
+            self._ranked[rungs] = tuple(options.values())
+        return self._ranked[rungs]
 
     def options(self, rungs: Rungs) -> tuple[Option, ...]:
         """Every place for the weights, at the values of these rungs."""
@@ -242,11 +278,11 @@ def _with(plan: Plan, values: Mapping[str, str]) -> Plan:
     )
 
 
-def _bound(option: Option, each: Candidates) -> float:
-    """Least seconds with the next value of a type."""
+def _bound(option: Option, each: Candidates, slower: float) -> float:
+    """Least seconds with the next value of a type, where the phases that it touches take so many times as long."""
     touches = option.plan.setting(each.kind).touches
     known = [(phase.seconds, phase.name) for phase in option.plan.estimate.phases if phase.seconds is not None]
-    return sum(seconds * (RUNG if touches(name) else 1) for seconds, name in known) if option.cost[0] else 0.0
+    return sum(seconds * (slower if touches(name) else 1) for seconds, name in known) if option.cost[0] else 0.0
 
 
 def _excess(plan: Plan) -> int:
