@@ -17,7 +17,7 @@ from framefit.cli import main
 from framefit.device import Device
 from framefit.errors import DoesNotFit
 from framefit.families import CHECKPOINTS, Checkpoint
-from framefit.plan import ASKED, Decode, Offload, Plan, Quantize, Setting
+from framefit.plan import ASKED, Decode, Offload, Plan, Quantize, Setting, Tier
 from framefit.planning import candidates, changes, choose, differences, dryrun, estimate, fit, fits, fitted, traces
 from framefit.planning.candidates import CANDIDATES, RUNG, Candidates
 from framefit.planning.moved import moved
@@ -178,14 +178,17 @@ def test_it_is_the_fastest_of_all_that_fit(seed: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("more")
+@pytest.mark.parametrize("tier", ["exact", "near"])
 @pytest.mark.parametrize("seed", range(5))
-def test_more_budget_is_never_slower_and_what_fits_stays_within(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_budget_is_never_slower_and_what_fits_stays_within(
+    seed: int, tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made_up(seed, monkeypatch)
     before: float | None = None
     for budget in (2.5, 4, 5, 6, 7.5, 9, 12, 30, 70):
         asked = plan_for(budget)
-        plan = fitted(asked, I2VGEN)
-        assert plan == fitted(asked, I2VGEN), "the same inputs give the same plan"
+        plan = fitted(asked, I2VGEN, tier=tier)
+        assert plan == fitted(asked, I2VGEN, tier=tier), "the same inputs give the same plan"
         if plan.feasible:
             assert all(phase.peak_vram_bytes <= plan.device.budget_bytes for phase in plan.estimate.phases)
             assert all(phase.host_bytes <= plan.device.ram_free_bytes for phase in plan.estimate.phases)

@@ -67,9 +67,9 @@ class Option:
 
     def relieved_by(self, each: Candidates, values: Sequence[str]) -> bool:
         """Whether another value of a type could help where it does not fit: where weights alone are too much, or RAM
-        is, only one with fewer of them."""
+        is, only one with fewer of them. That may be sooner, too."""
         if _lighten(each, values):
-            return not self.plan.feasible
+            return True
         free = self.plan.estimate.free_bytes
         weights = {trace.name: sum(trace.weights_bytes.values()) for trace in self.traces}
         touched = [p for p in self.plan.estimate.phases if self.plan.setting(each.kind).touches(p.name)]
@@ -102,9 +102,9 @@ def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
     first = estimated(soonest, checkpoint)
     if not first.estimate.phases:
         return replace(plan, estimate=first.estimate)
-    if first.feasible and soonest == plan:
-        return first
     search = _Search(soonest, checkpoint, tier)
+    if first.feasible and soonest == plan and not any(_lighten(*each) for each in search.ladders):
+        return first
     found = search.best() or search.leanest()
     before = {
         s.type: search.before(found, s, stood) if found.plan.feasible else found.plan  # nothing fits: it is the leanest
@@ -166,16 +166,17 @@ class _Search:
             lighter = any(
                 _lighten(each, values[rung + 1 :]) for rung, (each, values) in zip(rungs, ladders, strict=True)
             )
-            hopeful = [o for o in options if (best is None or o.cost < best.cost) and (lighter or not o.too_heavy)]
+            hopeful = [o for o in options if lighter or not o.too_heavy]
             for i, (each, values) in enumerate(ladders):
                 further = (*rungs[:i], rungs[i] + 1, *rungs[i + 1 :])
-                open = [o for o in hopeful if o.relieved_by(each, values)]
-                if further[i] < len(values) and open:
-                    slower = LIGHTER if _lighten(each, values[further[i] :]) else RUNG
-                    bound = min(_bound(option, each, slower) for option in open)
-                    if bound < bounds.get(further, math.inf):
-                        bounds[further] = bound
-                        heappush(waiting, (bound, sum(further), further))
+                if further[i] == len(values):
+                    continue
+                slower = LIGHTER if _lighten(each, values[further[i] :]) else RUNG
+                open = (o for o in hopeful if best is None or o.cost < best.cost or slower < 1)
+                bound = min((_bound(o, each, slower) for o in open if o.relieved_by(each, values)), default=math.inf)
+                if bound < bounds.get(further, math.inf):
+                    bounds[further] = bound
+                    heappush(waiting, (bound, sum(further), further))
         return best
 
     def hopeless(self) -> bool:
