@@ -1,7 +1,8 @@
 """What a plan may choose from: of every type of setting the values, from the fastest to the leanest. One line a type.
 
-The first value of a type stands where everything fits; a value is for plans whose tier allows it. Where weights lie is
-no line of the table: with what was traced, every place is computed and compared (`places`).
+The first value of a type stands where everything fits and none leaves fewer bytes of weights; a value is for plans
+whose tier allows it. Where weights lie is no line of the table: with what was traced, every place is computed and
+compared (`places`).
 """
 
 from __future__ import annotations
