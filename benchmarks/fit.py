@@ -421,7 +421,9 @@ def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
     points |= {"reserved_bytes, at most in a run": [_most(plan) for plan in runs if "phases" in plan]}
     points |= {SECONDS: _points(found, SECONDS), f"{SECONDS}, of one and more": _points(found, SECONDS, 1)}
     points |= {f"{what}, of 1 GiB and more": _points(found, what, GIB) for what in HOST}
-    for what, pairs in ((what, pairs) for what, pairs in points.items() if pairs):
+    for what, pairs in points.items():
+        if not pairs:
+            continue
         off = [said / measured - 1 for measured, said in pairs]
         near = [sum(abs(each) <= bound for each in off) for bound in (0.05, 0.1, 0.15)]
         yield (

@@ -10,7 +10,6 @@ give the same plan.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
@@ -152,7 +151,7 @@ class _Search:
         ladders = self.ladders
         start = (0,) * len(ladders)
         waiting: list[tuple[float, int, Rungs]] = [(0.0, 0, start)]
-        bounds, met, best = {start: 0.0}, set[Rungs](), None
+        met, best = set[Rungs](), None
         while waiting:
             least_s, _, rungs = heappop(waiting)
             if best and (least_s, 0, sum(rungs)) >= best.cost:
@@ -174,11 +173,9 @@ class _Search:
                 if further[i] == len(values):
                     continue
                 slower = LIGHTER if _lighten(each, values[further[i] :]) else RUNG
-                led = (o for o in hopeful if best is None or o.cost < best.cost or slower < 1)
-                bound = min((_bound(o, each, slower) for o in led if o.relieved_by(each, values)), default=math.inf)
-                if bound < bounds.get(further, math.inf):
-                    bounds[further] = bound
-                    heappush(waiting, (bound, sum(further), further))
+                led = [o for o in hopeful if best is None or o.cost < best.cost or slower < 1]
+                if bounds := [_bound(o, each, slower) for o in led if o.relieved_by(each, values)]:
+                    heappush(waiting, (min(bounds), sum(further), further))
         return best
 
     def hopeless(self) -> bool:
@@ -231,10 +228,9 @@ class _Search:
         rungs = tuple(
             rung - (each.kind.type == setting.type) for (each, _), rung in zip(self.ladders, option.rungs, strict=True)
         )
-        if min(rungs) < 0 or isinstance(setting, Offload):
-            return estimated(_with(option.plan, {setting.type: stood.value}), self.checkpoint)
-        there = (o.plan for o in self.ranked(rungs) if o.place == option.place)
-        return next(there, None) or estimated(_with(option.plan, {setting.type: stood.value}), self.checkpoint)
+        told = () if min(rungs) < 0 or isinstance(setting, Offload) else self.ranked(rungs)
+        there = next((o.plan for o in told if o.place == option.place), None)
+        return there or estimated(_with(option.plan, {setting.type: stood.value}), self.checkpoint)
 
     def ranked(self, rungs: Rungs) -> tuple[Option, ...]:
         """As `options`, each phase `RUNG` slower than with the value before, or more. Where that leaves fewer bytes of
