@@ -200,12 +200,9 @@ class _Search:
         return with_phases(last.plan, self.checkpoint, traces)
 
     def leanest(self) -> Option:
-        """Of the last values of all types, where the weights lie so that least is needed; where these are too heavy
-        everywhere, no other type's value matters, and the first ones stay."""
-        told = self._met.get(self.lightest) or self.options(self.last)  # either tells of the weights
-        rungs = self.lightest if all(option.too_heavy for option in told) else self.last
+        """Of the last values of all types, where the weights lie so that least is needed."""
         return min(
-            self.options(rungs), key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost)
+            self.options(self.last), key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost)
         )
 
     @property
