@@ -418,7 +418,10 @@ def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
     yield f"| | {' | '.join([*head, 'worst'])} |"
     yield "|---" * (len(head) + 2) + "|"
     points = {what: _points(found, what) for what in BYTES}
-    points |= {"reserved_bytes, at most in a run": [_most(plan) for plan in runs if "phases" in plan]}
+    done = [run for run in runs if "phases" in run]
+    points["reserved_bytes, at most in a run"] = [_most(run) for run in done]
+    tight = [run for run in done if run["cap_bytes"] and run["cap_bytes"] <= MARGIN * _most(run)[1]]
+    points[f"the same, where the cap was {MARGIN - 1:.0%} above it"] = [_most(run) for run in tight]
     points |= {SECONDS: _points(found, SECONDS), f"{SECONDS}, of one and more": _points(found, SECONDS, 1)}
     points |= {f"{what}, of 1 GiB and more": _points(found, what, GIB) for what in HOST}
     for what, pairs in points.items():
