@@ -11,7 +11,8 @@ decoding too, one plan after the other; what is said of each knows which convolu
 - "resident" is the reference, and has the whole card: a limit would slow it.
 - "goal" is what `predict` derived for the goal's memory, with two steps or more on each side of the swap of experts: it
   runs under a cap on what torch's allocator reserves, the goal.
-- "host" is what was derived for the goal's memory beside HOST_BYTES of RAM; XDG_STATE_HOME needs room for the weights.
+- "host" is what was derived for the goal's memory beside HOST_BYTES of RAM, which nothing enforces; XDG_STATE_HOME
+  needs room for the weights.
 - "near" encodes and decodes as the plan before it, but with the VAE near, under a cap of NEAR_BYTES. It denoises
   nothing.
 - Every other plan, and one that does not fit, runs under what was said and MARGIN more.
@@ -368,7 +369,7 @@ def _table(flags: argparse.Namespace) -> None:
 
 def _goals(found: list[dict[str, Any]]) -> Iterator[str]:
     """A line for every row in its goal's memory. A step is one of those after the first, which is in "all steps" and
-    in "run", five steps with encoding and decoding."""
+    in "run", five steps with encoding and decoding; host memory is what is held beside the process's own."""
     head = ["work", "goal GiB", "reserved", "allocated", "binding", "step resident s", "step s", "", "all steps"]
     head += ["encode", "decode", "run", "relative L2", "host GiB", "pinned", "moved", "settings"]
     yield f"| {' | '.join(head)} |"
@@ -384,12 +385,13 @@ def _kept(each: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     if "failed" in plan:
         return [f"**{plan['failed'][:160]}**"]
     resident = each["plans"]["resident"]
-    binding, phase = max(plan["phases"].items(), key=lambda phase: phase[1]["reserved_bytes"])
+    allocated, reserved = (max(of[what] for of in plan["phases"].values()) for what in BYTES)
+    binding = next(name for name, of in plan["phases"].items() if of["reserved_bytes"] == reserved)
     was, now = (fmean(step["seconds"] for step in of["steps"][1:]) for of in (resident, plan))
     steps, *others = (_seconds(plan, of) / _seconds(resident, of) for of in ("denoise", "encode", "decode", ""))
     host, pinned, moved = ([_measured(each, of, what) for of in plan["phases"].values()] for what in HOST)
     return [
-        f"{phase['reserved_bytes'] / GIB:.2f}", f"{phase['allocated_bytes'] / GIB:.2f}", binding,
+        f"{reserved / GIB:.2f}", f"{allocated / GIB:.2f}", binding,
         f"{was:.3f}", f"{now:.3f}", f"{now / was - 1:+.1%}", f"{steps - 1:+.1%}", *(f"{of:.2f}x" for of in others),
         f"{plan['relative_l2']:.2g}", *(f"{of / GIB:.1f}" for of in (max(host), max(pinned), sum(moved))),
     ]  # fmt: skip
@@ -421,9 +423,11 @@ def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
     done = [run for run in runs if "phases" in run]
     points["reserved_bytes, at most in a run"] = [_most(run) for run in done]
     tight = [run for run in done if run["cap_bytes"] and run["cap_bytes"] <= MARGIN * _most(run)[1]]
-    points[f"the same, where the cap was {MARGIN - 1:.0%} above it"] = [_most(run) for run in tight]
+    points[f"reserved_bytes, at most in a run whose cap was {MARGIN - 1:.0%} above it or less"] = [
+        _most(run) for run in tight
+    ]
     points |= {SECONDS: _points(found, SECONDS), f"{SECONDS}, of one and more": _points(found, SECONDS, 1)}
-    points |= {f"{what}, of 1 GiB and more": _points(found, what, GIB) for what in HOST}
+    points |= {f"{what}, of 1 GiB and more": _points(found, what, GIB) for what in HOST}  # without the process's own
     for what, pairs in points.items():
         if not pairs:
             continue

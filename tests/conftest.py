@@ -76,7 +76,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint
 def fork() -> ForkServerContext:
     """Processes that start with everything imported and no thread running."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["framefit.run", "diffusers.models.transformers.transformer_wan"])
+    models = ("transformers.transformer_wan", "transformers.transformer_easyanimate", "unets.unet_i2vgen_xl")
+    context.set_forkserver_preload(["framefit.run", *(f"diffusers.models.{name}" for name in models)])
     return context
 
 

@@ -611,6 +611,27 @@ def test_what_a_vae_remembers_in_ram_is_asked_of_ram() -> None:
     assert relieved == {"decode", "quantize"}
 
 
+def test_the_leanest_keeps_no_more_in_ram_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(changes.__globals__, "PROBES", 0)
+    row = tiny_row("easyanimate-v5.1-7b-inp")
+    row = replace(row, sizes=replace(row.sizes, min_side=32, multiple=16))
+
+    def leanest(ram_bytes: int, vram_bytes: int, **settings: Setting) -> Plan:
+        device = replace(Device.named("h200", ram_bytes=ram_bytes), vram_limit_bytes=vram_bytes, disk_free_bytes=1)
+        plan = candidates.usual(tiny_plan(row, device), row)
+        plan = replace(plan, settings=tuple(settings.get(s.type, s) for s in plan.settings))
+        return fit.leanest(plan, row)
+
+    assert leanest(GIB, 1).setting(Decode).value == "ram"
+    plan = leanest(1, 1)
+    assert plan.setting(Decode).value == "frame"
+    *_, card = changes(plan, row)
+    assert card.flag.startswith("a card with")
+    assert leanest(1, card.peak_bytes).feasible
+    asked = leanest(1, 1, decode=Decode(value="ram", because=ASKED))
+    assert not any(way.flag.startswith("a card") for way in changes(asked, row)), "RAM is short there, too"
+
+
 # the table of what fits
 
 

@@ -66,13 +66,16 @@ def finished(
 ) -> Iterator[Sequence[torch.Tensor]]:
     """Every piece of a model as `finish`, called with the names of its parameters in its turn, leaves it."""
 
-    def piece(index: int) -> Sequence[torch.Tensor]:
-        return list(Split.of(model, level, kept).pieces())[index]
+    def pieces() -> list[Sequence[torch.Tensor]]:
+        return list(Split.of(model, level, kept).pieces())
 
-    for index in range(len(list(Split.of(model, level, kept).pieces()))):
-        there = {id(tensor) for tensor in piece(index)}
+    now = pieces()
+    for index in range(len(now)):
+        there = {id(tensor) for tensor in now[index]}
+        del now  # what is finished may take the place of what was there
         finish({name for name, parameter in model.named_parameters() if id(parameter) in there})
-        yield piece(index)
+        now = pieces()
+        yield now[index]
 
 
 def rows(model: nn.Module) -> list[nn.ModuleList]:

@@ -71,7 +71,7 @@ def _all(plan: Plan, checkpoint: Checkpoint, tier: Tier) -> Iterator[Change]:
         return
     yield from _fewer_frames(plan, checkpoint, with_request)
     yield from _smaller(plan, checkpoint, with_request)
-    if need.device.id != "cpu":
+    if need.device.id != "cpu" and not any(map(need.lacks, ("shelf", "pinned"))):
         yield Change(
             flag=f"a card with {need.estimate.peak_bytes / GIB:.1f} GiB for the run",
             peak_bytes=need.estimate.peak_bytes, seconds=need.estimate.seconds,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from framefit.families import Checkpoint
-from framefit.plan import Offload, Plan, Setting, Tier
+from framefit.plan import Decode, Offload, Plan, Setting, Tier
 from framefit.planning.because import reasoned
 from framefit.planning.candidates import CANDIDATES, RUNG, Candidates, ladder, places, usual
 from framefit.planning.choose import untouched
@@ -200,14 +200,24 @@ class _Search:
         return with_phases(last.plan, self.checkpoint, traces)
 
     def leanest(self) -> Option:
-        """Of the last values of all types, where the weights lie so that least is needed."""
-        return min(
-            self.options(self.last), key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost)
-        )
+        """Of the last values of all types, where the weights lie so that least is needed; of decodes the last for whose
+        memories RAM has room."""
+        options = self.options(self.last)
+        if all(option.plan.lacks("shelf") for option in options):
+            options = self.options(self.last_on_card)
+        return min(options, key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost))
 
     @property
     def last(self) -> Rungs:
         return tuple(len(values) - 1 for _, values in self.ladders)
+
+    @property
+    def last_on_card(self) -> Rungs:
+        """As `last`, but that a VAE remembers on the card, where it may be asked to."""
+        return tuple(
+            max((i for i, value in enumerate(values) if not _in_ram(each, value)), default=rung)
+            for rung, (each, values) in zip(self.last, self.ladders, strict=True)
+        )
 
     @property
     def lightest(self) -> Rungs:
@@ -263,6 +273,10 @@ class _Search:
 def _lighten(each: Candidates, values: Sequence[str]) -> bool:
     """Whether there are fewer bytes of weights with some of these values."""
     return any(map(each.lightens, values))
+
+
+def _in_ram(each: Candidates, value: str) -> bool:
+    return each.kind is Decode and Decode(value=value).in_ram
 
 
 def _with(plan: Plan, values: Mapping[str, str]) -> Plan:
