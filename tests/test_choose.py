@@ -44,7 +44,8 @@ class _Rows(Setting):
 class _Tiles(Setting):
     type = "tiles"
     title = "tiles"
-    values = ("whole", "tiled")
+    values = ("whole", "tiled", "faded", "small")
+    tier: ClassVar[Any] = property(lambda self: "near" if self.value in ("faded", "small") else "exact")
     phases = ("encode_image", "decode")
 
 
@@ -58,7 +59,7 @@ class _Storage(Setting):
 
 NEW = (
     Candidates(_Rows, lambda row: _Rows.values),
-    Candidates(_Tiles, lambda row: _Tiles.values),
+    Candidates(_Tiles, lambda row: _Tiles.values, lightens=lambda value: _Tiles(value=value).tier == "near"),
     Candidates(_Storage, lambda row: _Storage.values, lightens=lambda value: value != _Storage.values[0]),
 )
 
@@ -78,7 +79,7 @@ def made_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     blocks = tuple(int(draw.uniform(0.5, 1.5) * GIB) for _ in range(draw.randint(3, 6)))
     activations = {name: int(draw.uniform(1, 9) * GIB) for name in ("encode_text", "encode_image", "denoise", "decode")}
     flops = {name: int(draw.uniform(1, 50) * 1e12) for name in activations}
-    shrink = {"apart": 0.5, "half": 0.7, "few": 0.4, "tiled": 0.3}
+    shrink = {"apart": 0.5, "half": 0.7, "few": 0.4, "tiled": 0.3, "faded": 0.25, "small": 0.1}
     slower = {value: draw.uniform(0.8, 1.2) for value in (*shrink, "frame", "int8")}
     asked: list[dict[str, str]] = []
 
@@ -95,7 +96,7 @@ def made_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
                     size = int(size * shrink.get(setting.value, 1))
                     amount = int(amount * slower.get(setting.value, 1))
             units = tuple(unit // width for unit in units)
-            whole = sum(units) + GIB // 4
+            whole = sum(units) + GIB // (8 if part == "vae" and values.get("tiles") in ("faded", "small") else 4)
             pieces = {part: Pieces(bytes=whole, tables_bytes=0, blocks=units, layers=tuple(u // 4 for u in units * 4))}
             moves = {"block": sum(units), "leaf": sum(units) // 4 * 4}
             return PhaseTrace(
@@ -144,7 +145,7 @@ def every(plan: Plan, tiers: Sequence[str]) -> list[Plan]:
 def told(plans: Sequence[Plan]) -> list[float]:
     """Seconds of each, no phase of which is sooner by `RUNG` a rung than with values before, fewer weights apart."""
     ladders = {
-        c.kind.type: c.values(I2VGEN) for c in candidates.CANDIDATES if not any(map(c.lightens, c.values(I2VGEN)))
+        c.kind.type: [value for value in c.values(I2VGEN) if not c.lightens(value)] for c in candidates.CANDIDATES
     }
     known = {tuple(s.value for s in plan.settings): plan for plan in plans}
 
@@ -152,8 +153,8 @@ def told(plans: Sequence[Plan]) -> list[float]:
         plan = known[tuple(s.value for s in settings)]
         name, least = plan.estimate.phases[index].name, plan.estimate.phases[index].seconds or 0.0
         for i, setting in enumerate(settings):
-            values = ladders.get(setting.type, (setting.value,))
-            if setting.touches(name) and (rung := values.index(setting.value)):
+            values = ladders.get(setting.type, [])
+            if setting.touches(name) and setting.value in values and (rung := values.index(setting.value)):
                 before = type(setting)(value=values[rung - 1])
                 least = max(least, RUNG * phase((*settings[:i], before, *settings[i + 1 :]), index))
         return least
@@ -357,7 +358,7 @@ def test_where_nothing_fits_little_is_traced(monkeypatch: pytest.MonkeyPatch) ->
     asked.clear()
     changes(plan, I2VGEN)
     shapes = {kind: {each[kind] for each in asked} for kind in ("chunk", "guidance", "rows", "tiles")}
-    assert shapes == {"chunk": {"rows"}, "guidance": {"apart"}, "rows": {"few"}, "tiles": {"tiled"}}
+    assert shapes == {"chunk": {"rows"}, "guidance": {"apart"}, "rows": {"few"}, "tiles": {"tiled", "small"}}
 
 
 @pytest.mark.parametrize(

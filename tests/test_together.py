@@ -9,7 +9,8 @@ import pytest
 
 from framefit.families import Checkpoint
 from framefit.families.parts import Parts
-from framefit.passes import apply_all, strips
+from framefit.families.pieces import Pieces
+from framefit.passes import apply_all, chunk, offload, strips
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 
@@ -51,10 +52,16 @@ def test_all_passes_at_once_give_the_same_video(
 
     def made(settings: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
         plan = make_plan(row, settings=settings, guidance=(4.0,), width=WIDTH, height=HEIGHT, steps=3)
-        pipeline = Pipeline(plan, apply_all(load_fp32(row), plan), ladder=False)
+        parts = apply_all(load_fp32(row), plan)
+        pipeline = Pipeline(plan, parts, ladder=False)
         state = pipeline.encode()
         pipeline.denoise(state)
-        return state.latents.numpy().copy(), np.stack(list(pipeline.decode(state))).astype(int)
+        frames = np.stack(list(pipeline.decode(state))).astype(int)
+        placement, modules = offload.placed(parts), parts[row.experts[0]].modules()
+        assert (placement is not None and placement.transfer.moved_bytes > 0) == ("offload" in settings)
+        assert any(chunk.chunked(module) for module in modules) == ("chunk" in settings)
+        assert (parts.pieces != Pieces()) == ("decode" in settings)
+        return state.latents.numpy().copy(), frames
 
     latents, frames = made({})
     assert latents.std() > 0.1
