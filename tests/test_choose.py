@@ -617,8 +617,11 @@ def test_the_leanest_keeps_no_more_in_ram_than_there_is(monkeypatch: pytest.Monk
     row = tiny_row("easyanimate-v5.1-7b-inp")
     row = replace(row, sizes=replace(row.sizes, min_side=32, multiple=16))
 
-    def leanest(ram_bytes: int, vram_bytes: int, **settings: Setting) -> Plan:
-        device = replace(Device.named("h200", ram_bytes=ram_bytes), vram_limit_bytes=vram_bytes, disk_free_bytes=1)
+    def leanest(ram_bytes: int, vram_bytes: int, pinned_bytes: int | None = None, **settings: Setting) -> Plan:
+        device = replace(
+            Device.named("h200", ram_bytes=ram_bytes), vram_limit_bytes=vram_bytes, disk_free_bytes=1,
+            pinned_limit_bytes=pinned_bytes,
+        )  # fmt: skip
         plan = candidates.usual(tiny_plan(row, device), row)
         plan = replace(plan, settings=tuple(settings.get(s.type, s) for s in plan.settings))
         return fit.leanest(plan, row)
@@ -629,8 +632,19 @@ def test_the_leanest_keeps_no_more_in_ram_than_there_is(monkeypatch: pytest.Monk
     *_, card = changes(plan, row)
     assert card.flag.startswith("a card with")
     assert leanest(1, card.peak_bytes).feasible
+    asked_leaf = Offload(value="leaf", because=ASKED)
     asked = leanest(1, 1, decode=Decode(value="ram", because=ASKED))
     assert not any(way.flag.startswith("a card") for way in changes(asked, row)), "RAM is short there, too"
+    wide = leanest(2**40, 1)
+    assert wide.offload == "leaf"
+    pinned = max(phase.pinned_bytes for phase in wide.estimate.phases) - 1
+    plan = leanest(2**40, 1, pinned)  # enough for the weights, or for what the VAE remembers
+    assert (plan.offload, plan.setting(Decode).value) == ("leaf", "frame")
+    assert leanest(2**40, plan.estimate.peak_bytes, pinned).feasible
+    assert not plan.lacks("pinned")
+    *_, card = changes(plan, row)
+    assert card.peak_bytes == plan.estimate.peak_bytes
+    assert not any(way.flag.startswith("a card") for way in changes(leanest(2**40, 1, 1, offload=asked_leaf), row))
 
 
 # the table of what fits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from math import ceil
 from typing import Any
 
 from framefit.durations import duration
@@ -73,7 +74,7 @@ def _all(plan: Plan, checkpoint: Checkpoint, tier: Tier) -> Iterator[Change]:
     yield from _smaller(plan, checkpoint, with_request)
     if need.device.id != "cpu" and not any(map(need.lacks, ("shelf", "pinned"))):
         yield Change(
-            flag=f"a card with {need.estimate.peak_bytes / GIB:.1f} GiB for the run",
+            flag=f"a card with {ceil(10 * need.estimate.peak_bytes / GIB) / 10:.1f} GiB for the run",
             peak_bytes=need.estimate.peak_bytes, seconds=need.estimate.seconds,
         )  # fmt: skip
 

@@ -200,12 +200,16 @@ class _Search:
         return with_phases(last.plan, self.checkpoint, traces)
 
     def leanest(self) -> Option:
-        """Of the last values of all types, where the weights lie so that least is needed; of decodes the last for whose
-        memories RAM has room."""
+        """Of the last values of all types, where the weights lie so that least is needed; where RAM has no room for
+        what a VAE remembers, the last decode that needs none, too."""
+
+        def need(option: Option) -> tuple[bool, bool, int, tuple[float, int, int]]:
+            return not option.plan.feasible, option.plan.lacks("shelf"), _excess(option.plan), option.cost
+
         options = self.options(self.last)
-        if all(option.plan.lacks("shelf") for option in options):
-            options = self.options(self.last_on_card)
-        return min(options, key=lambda option: (not option.plan.feasible, _excess(option.plan), option.cost))
+        if not min(options, key=need).plan.feasible and any(option.plan.lacks("shelf") for option in options):
+            options = (*options, *self.options(self.last_on_card))
+        return min(options, key=need)
 
     @property
     def last(self) -> Rungs:
@@ -213,10 +217,10 @@ class _Search:
 
     @property
     def last_on_card(self) -> Rungs:
-        """As `last`, but that a VAE remembers on the card, where it may be asked to."""
+        """As `last`, but with the last decode that remembers on the card, where one is open."""
         return tuple(
-            max((i for i, value in enumerate(values) if not _in_ram(each, value)), default=rung)
-            for rung, (each, values) in zip(self.last, self.ladders, strict=True)
+            max((i for i, value in enumerate(values) if not _in_ram(each, value)), default=0)
+            for each, values in self.ladders
         )
 
     @property
