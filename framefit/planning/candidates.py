@@ -32,6 +32,8 @@ class Candidates:
     values: Callable[[Checkpoint], tuple[str, ...]]
     lightens: Callable[[str], bool] = lambda value: False
     """Whether there are fewer bytes of weights with a value than with the first."""
+    in_ram: Callable[[str], bool] = lambda value: False
+    """Whether a value keeps in RAM what is no weight."""
     open: Callable[[Plan, str, Tier], bool] = lambda plan, value, tier: True
     """Whether a plan can have a value, and would where this tier is allowed."""
 
@@ -44,7 +46,7 @@ def _decode(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.family == "wan":
         near = tuple(f"blend:{px}" for px in (512, 384, 320, 256, 192, 112))  # in half of the bytes
         return ("whole", "ram:640", "ram:352", "tile:512", "tile:256", "tile:128", *near)
-    # by frames EasyAnimate's is smaller than whole, and by the dry run sooner; an H200 took 0.65 to 1.12 times as long
+    # by frames EasyAnimate's is smaller than whole, and by the dry run sooner; an H200 took 0.64 to 1.12 times as long
     return ("frame", "ram") if checkpoint["vae"].config.get("spatial_group_norm") else ("whole",)
 
 
@@ -52,6 +54,14 @@ def _chunk(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Smaller chunks take more time on a card; of I2VGen-XL's UNet a row is a pixel, and no chunk is of few."""
     few = () if checkpoint.family == "i2vgen" else ("rows:32768", "rows:16384", "rows:8192")
     return "none", *few, "rows"
+
+
+def _blends(value: str) -> bool:
+    return Decode(value=value).blend
+
+
+def _in_ram(value: str) -> bool:
+    return Decode(value=value).in_ram
 
 
 def _divides(plan: Plan, value: str, tier: Tier) -> bool:
@@ -66,7 +76,7 @@ def _divides(plan: Plan, value: str, tier: Tier) -> bool:
 CANDIDATES: tuple[Candidates, ...] = (
     Candidates(Guidance, _guidance),
     Candidates(Chunk, _chunk),
-    Candidates(Decode, _decode, lightens=lambda value: Decode(value=value).blend, open=_divides),
+    Candidates(Decode, _decode, lightens=_blends, in_ram=_in_ram, open=_divides),
     Candidates(Quantize, lambda checkpoint: ("none", "int8"), lightens=lambda value: value == "int8"),
     Candidates(Window, lambda checkpoint: ("none",)),  # another video: only where it is asked for
 )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from framefit.families import Checkpoint
-from framefit.plan import Decode, Offload, Plan, Setting, Tier
+from framefit.plan import Offload, Plan, Setting, Tier
 from framefit.planning.because import reasoned
 from framefit.planning.candidates import CANDIDATES, RUNG, Candidates, ladder, places, usual
 from framefit.planning.choose import untouched
@@ -201,7 +201,7 @@ class _Search:
 
     def leanest(self) -> Option:
         """Of the last values of all types, where the weights lie so that least is needed; where RAM has no room for
-        what a VAE remembers, the last decode that needs none, too."""
+        what is no weight (a VAE's memories), the last ones that need none, too."""
 
         def need(option: Option) -> tuple[bool, bool, int, tuple[float, int, int]]:
             return not option.plan.feasible, option.plan.lacks("shelf"), _excess(option.plan), option.cost
@@ -217,9 +217,9 @@ class _Search:
 
     @property
     def last_on_card(self) -> Rungs:
-        """As `last`, but with the last decode that remembers on the card, where one is open."""
+        """As `last`, of the values that keep on the card what is no weight, where there is one."""
         return tuple(
-            max((i for i, value in enumerate(values) if not _in_ram(each, value)), default=0)
+            max((i for i, value in enumerate(values) if not each.in_ram(value)), default=0)
             for each, values in self.ladders
         )
 
@@ -277,10 +277,6 @@ class _Search:
 def _lighten(each: Candidates, values: Sequence[str]) -> bool:
     """Whether there are fewer bytes of weights with some of these values."""
     return any(map(each.lightens, values))
-
-
-def _in_ram(each: Candidates, value: str) -> bool:
-    return each.kind is Decode and Decode(value=value).in_ram
 
 
 def _with(plan: Plan, values: Mapping[str, str]) -> Plan:
