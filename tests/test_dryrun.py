@@ -298,7 +298,8 @@ def test_what_lies_between_two_steps_is_what_a_run_holds(id: str, photo: Path, m
     pipeline = Pipeline(plan, random_parts(row, dtype=torch.float32, device=CPU))
     state = pipeline.encode()
     found: list[int] = []
-    before = {tensor.untyped_storage()._cdata for tensor in like(state.latents)}
+    held = [tensor.untyped_storage() for tensor in like(state.latents)]  # so that none made later has its address
+    before = {storage._cdata for storage in held}
     predict = pipeline.predict
 
     def watched(expert: str, latents: torch.Tensor, *args: Any) -> torch.Tensor:
