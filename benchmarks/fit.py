@@ -45,7 +45,7 @@ from torch import nn
 
 from framefit import rates
 from framefit.checkpoint import State
-from framefit.device import Device, expand_segments
+from framefit.device import Device, expand_segments, state_folder
 from framefit.errors import DoesNotFit
 from framefit.families import CHECKPOINTS, Checkpoint
 from framefit.families.parts import PRECISIONS, Parts
@@ -78,7 +78,9 @@ MARGIN = 1.02
 OTHERS = {"block": {"offload": "block"}, "rows": {"chunk": "rows", "offload": "leaf"}}
 """Plans beside "resident", which is the reference's own, and "goal"."""
 BYTES, SECONDS = ("allocated_bytes", "reserved_bytes"), "seconds"
-HOST = ("host_bytes", "pinned_bytes", "moved_bytes")
+HOST = ("host_bytes", "pinned_bytes", "moved_bytes", "disk_bytes")
+LOOK_S = 0.05
+"""Between two looks at what is pinned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,10 +303,12 @@ class _Watch(threading.Thread):
         phase["reserved_bytes"] = max(phase["reserved_bytes"], torch.cuda.max_memory_reserved())
         phase["host_bytes"] = max(phase["host_bytes"], resident_peak())
         phase["moved_bytes"] += sum(each.moved_bytes for each in self._transfers) - moved
+        files = [file for file in state_folder().joinpath("weights").rglob("*") if file.is_file()]
+        phase["disk_bytes"] = max(phase["disk_bytes"], sum(512 * file.stat().st_blocks for file in files))
 
     def run(self) -> None:
         """Now and then: pinned memory is let go before a phase ends."""
-        while not self._over.wait(0.01):
+        while not self._over.wait(LOOK_S):
             if phase := self.phases.get(self._now):
                 phase["pinned_bytes"] = max(phase["pinned_bytes"], sum(each.pinned_bytes for each in self._transfers))
 
@@ -337,7 +341,8 @@ def _said(plan: Plan, met: set[int], *, denoised: bool) -> dict[str, Any]:
         trace.name: {
             "allocated_bytes": sum(trace.weights_bytes.values()) + trace.peak_bytes + cublas_bytes,
             "reserved_bytes": estimate[trace.name].peak_vram_bytes, "host_bytes": estimate[trace.name].host_bytes,
-            "pinned_bytes": estimate[trace.name].pinned_bytes, "seconds": estimate[trace.name].seconds,
+            "pinned_bytes": estimate[trace.name].pinned_bytes, "disk_bytes": estimate[trace.name].disk_bytes,
+            "seconds": estimate[trace.name].seconds,
             "moved_bytes": trace.onload_bytes + _times(plan, trace.name) * trace.bytes["host_to_device"],
             "held": dict(estimate[trace.name].held),
         }
@@ -371,14 +376,14 @@ def _goals(found: list[dict[str, Any]]) -> Iterator[str]:
     """A line for every row in its goal's memory. A step is one of those after the first, which is in "all steps" and
     in "run", five steps with encoding and decoding; host memory is what is held beside the process's own."""
     head = ["work", "goal GiB", "reserved", "allocated", "binding", "step resident s", "step s", "", "all steps"]
-    head += ["encode", "decode", "run", "relative L2", "host GiB", "pinned", "moved", "settings"]
-    yield f"| {' | '.join(head)} |"
-    yield "|---" * len(head) + "|"
+    head += ["encode", "decode", "run", "relative L2", "host GiB", "pinned", "moved", "disk"]
+    yield f"| {' | '.join([*head, 'settings'])} |"
+    yield "|---" * (len(head) + 1) + "|"
     for each in found:
         for key, name in (("goal", each["row"]), ("host", f"{each['row']}, {HOST_BYTES / GIB:.0f} GiB of RAM")):
             if plan := each["plans"].get(key):
                 cells = [name, f"{plan['said']['goal_bytes'] / GIB:g}", *_kept(each, plan)]
-                yield f"| {' | '.join(cells + [''] * (len(head) - len(cells) - 1))} | {_settings(plan['said'])} |"
+                yield f"| {' | '.join(cells + [''] * (len(head) - len(cells)))} | {_settings(plan['said'])} |"
 
 
 def _kept(each: dict[str, Any], plan: dict[str, Any]) -> list[str]:
@@ -389,11 +394,11 @@ def _kept(each: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     binding = next(name for name, of in plan["phases"].items() if of["reserved_bytes"] == reserved)
     was, now = (fmean(step["seconds"] for step in of["steps"][1:]) for of in (resident, plan))
     steps, *others = (_seconds(plan, of) / _seconds(resident, of) for of in ("denoise", "encode", "decode", ""))
-    host, pinned, moved = ([_measured(each, of, what) for of in plan["phases"].values()] for what in HOST)
+    host, pinned, moved, disk = ([_measured(each, of, what) for of in plan["phases"].values()] for what in HOST)
     return [
         f"{reserved / GIB:.2f}", f"{allocated / GIB:.2f}", binding,
         f"{was:.3f}", f"{now:.3f}", f"{now / was - 1:+.1%}", f"{steps - 1:+.1%}", *(f"{of:.2f}x" for of in others),
-        f"{plan['relative_l2']:.2g}", *(f"{of / GIB:.1f}" for of in (max(host), max(pinned), sum(moved))),
+        f"{plan['relative_l2']:.2g}", *(f"{of / GIB:.1f}" for of in (max(host), max(pinned), sum(moved), max(disk))),
     ]  # fmt: skip
 
 
@@ -441,7 +446,7 @@ def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
 
 def _phases(found: list[dict[str, Any]]) -> Iterator[str]:
     head = ["work", "plan", "phase", "allocated GiB", "said", "reserved GiB", "said", "s", "said"]
-    head += ["host GiB", "said", "pinned GiB", "said", "moved GiB", "said"]
+    head += [cell for what in HOST for cell in (f"{what.removesuffix('_bytes')} GiB", "said")]
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
     for each in found:

@@ -63,6 +63,9 @@ was 0.23 and 1.2 s longer than what its card did, of which it is the most (bench
 PINNED_GB_PER_S = 5.6
 """Host memory that is fetched, pinned and let go, where nobody measured: as beside an H200, with 16 cores (LOG)."""
 
+DISK_GB_PER_S = 2.0
+"""Weights read from files that are not in the system's cache, where nobody measured: an SSD on four lanes of PCIe 3."""
+
 FIRST_S = 0.012
 """Of a convolution whose shapes a process has not met, where nobody measured: cuDNN looks for its kernels. First steps
 of I2VGen-XL with 41 to 49 of them took 0.33 to 0.93 s more than the next (benchmarks/fit_h200_20261121.json)."""
@@ -155,6 +158,8 @@ class Rates:
     """Normal numbers that the host draws."""
     pinned_gb_per_s: float = PINNED_GB_PER_S
     """Host memory that is fetched and pinned."""
+    disk_gb_per_s: float = DISK_GB_PER_S
+    """Weights that come to the device from files, which the system's cache does not have."""
     first_s: float = FIRST_S
     """Of a convolution of new shapes, beside what it takes the next time; of a card."""
     origin: Literal["measured", "data sheet x share"] = "measured"

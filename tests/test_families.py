@@ -6,15 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from framefit.errors import BadInput, ModelMissing
-from framefit.families import CHECKPOINTS, Checkpoint, Sizes, easyanimate_v5, find, recognise, soundness
+from framefit.families import CHECKPOINTS, Checkpoint, Sizes, easyanimate, easyanimate_v5, find, recognise, soundness
 from framefit.families.files import fingerprint, header
 from framefit.families.parts import Parts, build, load_parts
-from framefit.testing import save_tiny
+from framefit.passes import chunk
+from framefit.plan import Chunk
+from framefit.testing import random_parts, save_tiny, tiny_row
 
 PUBLISHED = {
     ("wan2.2-i2v-a14b", "transformer"): 14_288_901_184,
@@ -240,3 +244,34 @@ def test_frame_counts() -> None:
         wan.check(80)
     with pytest.raises(BadInput, match="at most"):
         i2vgen.check(1000)
+
+
+class FromHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shapes of what is copied from the host to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" != result.device.type:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("value", ["none", "rows:3"])
+@pytest.mark.parametrize("id", ["easyanimate-v5.1-7b-inp", "easyanimate-v5-7b-zh-inp"])
+def test_easyanimates_rotation_goes_to_the_device_once_in_a_forward(id: str, value: str) -> None:
+    meta = torch.device("meta")
+    parts = random_parts(tiny_row(id), dtype=torch.float32, device=meta, models=["transformer"])
+    chunk.apply(parts, Chunk(value=value))
+    texts = ("text", "text_t5") if id.startswith("easyanimate-v5-") else ("text",)
+    given = {name: torch.empty(2, 256, 16, device=meta) for name in texts} | {
+        "inpaint": torch.empty(1, 17, 2, 4, 4, device=meta)
+    }
+    latents, t = torch.empty(1, 16, 2, 4, 4, device=meta), torch.empty((), device=meta)
+    for _ in range(2):
+        with FromHost() as copied:
+            easyanimate.predict(parts, "transformer", latents, t, given, slice(0, 2))
+        assert copied.shapes == [(2 * 2 * 2, 16)] * 2  # cosines and sines of all tokens

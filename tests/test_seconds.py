@@ -13,15 +13,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from framefit.device import Device
+from framefit.device import Device, state_folder
 from framefit.durations import duration
 from framefit.families import CHECKPOINTS
 from framefit.ledger.counts import Tally, count
+from framefit.ledger.disk import DiskTransfer, FiledSlab
+from framefit.ledger.transfer import Room
 from framefit.planning import choose
 from framefit.planning.estimate import _beside, with_phases
 from framefit.planning.phase import PhaseTrace
 from framefit.profiling import ceilings, sized
-from framefit.rates import Quantity, Rates, Sort, of
+from framefit.rates import DISK_GB_PER_S, Quantity, Rates, Sort, of
 from framefit.request import Request
 
 FLAT = Rates(
@@ -238,3 +240,41 @@ def test_a_stage_of_a_vae_hides_copies_that_take_no_longer_and_both_ways_share_a
 def test_a_probe_tells_what_the_host_does_a_second() -> None:
     assert 1e6 < sized.random_per_s() < 1e10
     assert 0 <= sized.first_s("cpu") < 1
+
+
+def test_the_probe_reads_files_that_the_systems_cache_was_told_to_forget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    happened: list[tuple[str, FiledSlab]] = []
+    forget, fill = sized._forget, DiskTransfer._fill
+
+    def forgotten(slab: FiledSlab) -> None:
+        happened.append(("forgotten", slab))
+        forget(slab)
+
+    def read(self: DiskTransfer, job: list[tuple[FiledSlab, Room]]) -> None:
+        happened.append(("read", job[0][0]))
+        fill(self, job)
+
+    monkeypatch.setattr(sized, "_forget", forgotten)
+    monkeypatch.setattr(DiskTransfer, "_fill", read)
+    assert 0 < sized.disk_gb_per_s("cpu") < 1000
+    assert [what for what, _ in happened] == ["read", *["forgotten"] * 3, *["read"] * 3]
+    assert {slab for what, slab in happened[1:] if what == "forgotten"} == {slab for _, slab in happened[4:]}
+    assert list(state_folder().joinpath("weights").iterdir()) == []
+
+
+def test_where_no_file_can_be_written_the_probe_keeps_what_is_assumed_of_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(file))
+    assert sized.disk_gb_per_s("cpu") == DISK_GB_PER_S
+
+
+def test_weights_in_files_come_as_fast_as_the_probe_read_them() -> None:
+    known = replace(FLAT, disk_gb_per_s=4.0)
+    through = 8e9 / known.memory_gb_per_s / 1e9
+    assert _beside(1.0, 8 * 10**9, ((1.0, 8 * 10**9),), "disk", known) == pytest.approx(1 + 1 + through)

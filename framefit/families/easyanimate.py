@@ -12,6 +12,7 @@ mask shrunk to the latents.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from PIL import Image
@@ -93,15 +94,25 @@ def predict(
     model = parts[expert]
     text = conditioning["text"][branches].to(model.dtype)
     t5 = conditioning.get("text_t5")
-    prediction: torch.Tensor = model(
-        latents.to(model.dtype).expand(len(text), -1, -1, -1, -1),
-        t.float().expand(len(text)),
-        encoder_hidden_states=text,
-        encoder_hidden_states_t5=None if t5 is None else t5[branches].to(model.dtype),
-        inpaint_latents=conditioning["inpaint"].to(model.dtype).expand(len(text), -1, -1, -1, -1),
-        return_dict=False,
-    )[0]
+    here = model.rope_embedding.register_forward_hook(_on_device)
+    try:
+        prediction: torch.Tensor = model(
+            latents.to(model.dtype).expand(len(text), -1, -1, -1, -1),
+            t.float().expand(len(text)),
+            encoder_hidden_states=text,
+            encoder_hidden_states_t5=None if t5 is None else t5[branches].to(model.dtype),
+            inpaint_latents=conditioning["inpaint"].to(model.dtype).expand(len(text), -1, -1, -1, -1),
+            return_dict=False,
+        )[0]
+    finally:
+        here.remove()
     return prediction
+
+
+def _on_device(rotation: Any, given: tuple[torch.Tensor], tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Cosines and sines, made on the host: each attention would fetch them anew, four times, and wait for weights that
+    are on their way."""
+    return tuple(table.to(given[0].device) for table in tables)
 
 
 def window(conditioning: Tensors, span: slice, frames: int, anchor: torch.Tensor | None) -> Tensors:

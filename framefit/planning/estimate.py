@@ -30,8 +30,6 @@ from framefit.request import ResolvedRequest
 
 __all__ = ["check_fits", "estimated", "steps_of", "with_phases"]
 
-DISK_GB_PER_S = 2.0
-"""That a disk gives, where files are not in the system's cache any more. Assumed: an SSD on four lanes of PCIe 3."""
 KEPT = {"denoiser": 1.05, "vae": 1.12}
 """Bytes that torch's allocator has to reserve for one allocated, each at its peak, where its segments may grow and a
 limit makes it give back what it can: what a run needs. Where nothing makes it, it reserves more: at true size on an
@@ -223,7 +221,7 @@ def _beside(work_s: float, bytes: int, streams: Sequence[tuple[float, int]], way
 def _copied(bytes: int, way: str, known: Rates) -> float:
     """Seconds in which weights come to the device, from where `offload` has them, or memories move "both_ways"."""
     if way == "disk":
-        return bytes / DISK_GB_PER_S / 1e9
+        return bytes / known.disk_gb_per_s / 1e9
     return known.copy_seconds(way if way == "both_ways" else "host_to_device", bytes) or 0.0
 
 

@@ -60,6 +60,7 @@ def _measure(device: str, name: str) -> Rates:
         host_to_device_gb_per_s=ways["to"], device_to_host_gb_per_s=ways["from"],
         both_ways_gb_per_s=ways["both"], launch_s=sized.launch_s(device),
         random_per_s=sized.random_per_s(), first_s=sized.first_s(device), pinned_gb_per_s=sized.pinned_gb_per_s(device),
+        disk_gb_per_s=sized.disk_gb_per_s(device),
     )  # fmt: skip
     return sized.measured(best, device)
 

@@ -8,6 +8,7 @@ fast as in a run, not as in the first tenth of a second.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,12 +19,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from framefit.errors import FramefitError
 from framefit.families.parts import PRECISIONS
 from framefit.ledger.counts import Tally, count
+from framefit.ledger.disk import DiskTransfer, FiledSlab
 from framefit.ledger.transfer import transfer_for
-from framefit.rates import KINDS, Rates
+from framefit.rates import DISK_GB_PER_S, KINDS, Rates
+from framefit.scratch import Scratch
 
-__all__ = ["first_s", "launch_s", "measured", "pinned_gb_per_s", "random_per_s"]
+__all__ = ["disk_gb_per_s", "first_s", "launch_s", "measured", "pinned_gb_per_s", "random_per_s"]
 
 HOLD_S = 0.2
 """How long a call is repeated, twice: once so that the device settles. On a CPU a tenth of it."""
@@ -32,6 +36,9 @@ NEW = (50, 54, 58, 62, 66)
 DRAWN = 2**25
 """Numbers: more than a processor's caches hold, as a video's are."""
 PINNED_BYTES = 2**28
+FILES = 4
+FILE_BYTES = 2**28
+"""About a block of weights. On a CPU a sixteenth."""
 LEAST = 0.1
 """Share of a call's seconds that is its sort's at the least."""
 
@@ -90,6 +97,39 @@ def pinned_gb_per_s(device: str) -> float:
     """Host memory that is fetched, pinned and let go, as what a VAE remembers is."""
     transfer = transfer_for(torch.device(device))
     return PINNED_BYTES / _once(lambda: transfer.piece(PINNED_BYTES), device) / 1e9
+
+
+def disk_gb_per_s(device: str) -> float:
+    """Weights that come from files, as `offload=disk` writes and reads them, where the system's cache does not have
+    them; what is assumed where no files can be there."""
+    bytes = FILE_BYTES // (16 if device == "cpu" else 1)
+    with contextlib.suppress(FramefitError), contextlib.ExitStack() as after:
+        scratch = Scratch.create()
+        after.callback(scratch.remove)
+        transfer = DiskTransfer(transfer_for(torch.device(device)), scratch.path)
+        after.callback(transfer.close)
+        weights = torch.randint(256, (bytes,), dtype=torch.uint8)
+        first, *others = (transfer.slab([weights.clone()]) for _ in range(FILES))
+        room = transfer.room(bytes)
+
+        def fetch(*slabs: FiledSlab) -> None:
+            for slab in slabs:
+                transfer.copy(slab, room)
+                transfer.wait(room)
+
+        fetch(first)  # for which memory is pinned
+        for slab in others:
+            _forget(slab)
+        return len(others) * bytes / _once(partial(fetch, *others), device) / 1e9
+    return DISK_GB_PER_S
+
+
+def _forget(slab: FiledSlab) -> None:
+    """Have the system's cache let go of its file, where the system can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        with slab.open() as stream:
+            os.fsync(stream.fileno())  # what is not on the disk yet stays in the cache
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _once(call: Call, device: str) -> float:
