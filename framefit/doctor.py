@@ -86,7 +86,7 @@ def _rates(found: Rates) -> Iterator[Row]:
         ways = f"to {found.host_to_device_gb_per_s:.3g}, from {found.device_to_host_gb_per_s:.3g}{both}"
         yield "host copies", f"{ways} GB/s"
         yield "pinned", f"{found.pinned_gb_per_s:.3g} GB/s"
-        yield "weights in files", f"{found.disk_gb_per_s:.3g} GB/s"
+        yield "weights in files", f"{found.disk_gb_per_s:.3g} GB/s" if found.disk_gb_per_s else "not measured"
     yield "noise", f"{found.random_per_s / 1e6:.3g} million numbers a second"
     if found.unseen:
         yield from _unseen(found.unseen)

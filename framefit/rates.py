@@ -158,8 +158,8 @@ class Rates:
     """Normal numbers that the host draws."""
     pinned_gb_per_s: float = PINNED_GB_PER_S
     """Host memory that is fetched and pinned."""
-    disk_gb_per_s: float = DISK_GB_PER_S
-    """Weights that come to the device from files, which the system's cache does not have."""
+    disk_gb_per_s: float | None = None
+    """Weights that come to the device from files, which the system's cache does not have; None: nobody measured."""
     first_s: float = FIRST_S
     """Of a convolution of new shapes, beside what it takes the next time; of a card."""
     origin: Literal["measured", "data sheet x share"] = "measured"
@@ -227,6 +227,10 @@ class Rates:
         both = self.both_ways_gb_per_s or min(filter(None, (to, back)), default=None)
         rate = {"host_to_device": to, "device_to_host": back, "both_ways": both}.get(way)
         return bytes / rate / 1e9 if rate else None
+
+    def disk_seconds(self, bytes: int) -> float:
+        """For weights that come from files."""
+        return bytes / (self.disk_gb_per_s or DISK_GB_PER_S) / 1e9
 
     def to_json(self) -> dict[str, Any]:
         by_size = {

@@ -275,3 +275,6 @@ def test_easyanimates_rotation_goes_to_the_device_once_in_a_forward(id: str, val
         with FromHost() as copied:
             easyanimate.predict(parts, "transformer", latents, t, given, slice(0, 2))
         assert copied.shapes == [(2 * 2 * 2, 16)] * 2  # cosines and sines of all tokens
+    with pytest.raises(RuntimeError):
+        easyanimate.predict(parts, "transformer", latents[:, 1:], t, given, slice(0, 2))
+    assert not parts["transformer"].rope_embedding._forward_hooks

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from framefit.planning import choose
 from framefit.planning.estimate import _beside, with_phases
 from framefit.planning.phase import PhaseTrace
 from framefit.profiling import ceilings, sized
-from framefit.rates import DISK_GB_PER_S, Quantity, Rates, Sort, of
+from framefit.rates import Quantity, Rates, Sort, of
 from framefit.request import Request
 
 FLAT = Rates(
@@ -246,32 +248,44 @@ def test_the_probe_reads_files_that_the_systems_cache_was_told_to_forget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    happened: list[tuple[str, FiledSlab]] = []
-    forget, fill = sized._forget, DiskTransfer._fill
-
-    def forgotten(slab: FiledSlab) -> None:
-        happened.append(("forgotten", slab))
-        forget(slab)
+    happened: list[tuple[str, int]] = []
+    fill = DiskTransfer._fill
 
     def read(self: DiskTransfer, job: list[tuple[FiledSlab, Room]]) -> None:
-        happened.append(("read", job[0][0]))
+        happened.append(("read", job[0][0].file.stat().st_ino))
         fill(self, job)
 
-    monkeypatch.setattr(sized, "_forget", forgotten)
+    def told(what: str) -> Callable[..., None]:
+        return lambda file, *_: happened.append((what, os.fstat(file).st_ino))
+
     monkeypatch.setattr(DiskTransfer, "_fill", read)
-    assert 0 < sized.disk_gb_per_s("cpu") < 1000
-    assert [what for what, _ in happened] == ["read", *["forgotten"] * 3, *["read"] * 3]
-    assert {slab for what, slab in happened[1:] if what == "forgotten"} == {slab for _, slab in happened[4:]}
+    monkeypatch.setattr(os, "fsync", told("written"))
+    monkeypatch.setattr(os, "posix_fadvise", told("forgotten"), raising=False)
+    rate = sized.disk_gb_per_s("cpu")
+    assert rate
+    assert 0 < rate < 1000
+    (_, first), *others = happened
+    files = [file for what, file in others if what == "written"]
+    assert len({first, *files}) == 4
+    assert others == [(what, file) for file in files for what in ("written", "forgotten")] + [
+        ("read", file) for file in files
+    ]
     assert list(state_folder().joinpath("weights").iterdir()) == []
 
 
-def test_where_no_file_can_be_written_the_probe_keeps_what_is_assumed_of_a_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["no folder", "no disk"])
+def test_where_no_file_can_be_written_the_probe_does_not_know_the_disk(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.setenv("XDG_STATE_HOME", str(file))
-    assert sized.disk_gb_per_s("cpu") == DISK_GB_PER_S
+    home = tmp_path / "home"
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    if how == "no folder":
+        home.touch()
+    else:
+        monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+        monkeypatch.setattr(os, "posix_fadvise", Mock(), raising=False)
+    assert sized.disk_gb_per_s("cpu") is None
+    assert FLAT.disk_seconds(4 * 10**9) == 2.0
 
 
 def test_weights_in_files_come_as_fast_as_the_probe_read_them() -> None:

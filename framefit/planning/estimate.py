@@ -221,7 +221,7 @@ def _beside(work_s: float, bytes: int, streams: Sequence[tuple[float, int]], way
 def _copied(bytes: int, way: str, known: Rates) -> float:
     """Seconds in which weights come to the device, from where `offload` has them, or memories move "both_ways"."""
     if way == "disk":
-        return bytes / known.disk_gb_per_s / 1e9
+        return known.disk_seconds(bytes)
     return known.copy_seconds(way if way == "both_ways" else "host_to_device", bytes) or 0.0
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -24,7 +25,7 @@ from framefit.families.parts import PRECISIONS
 from framefit.ledger.counts import Tally, count
 from framefit.ledger.disk import DiskTransfer, FiledSlab
 from framefit.ledger.transfer import transfer_for
-from framefit.rates import DISK_GB_PER_S, KINDS, Rates
+from framefit.rates import KINDS, Rates
 from framefit.scratch import Scratch
 
 __all__ = ["disk_gb_per_s", "first_s", "launch_s", "measured", "pinned_gb_per_s", "random_per_s"]
@@ -99,29 +100,36 @@ def pinned_gb_per_s(device: str) -> float:
     return PINNED_BYTES / _once(lambda: transfer.piece(PINNED_BYTES), device) / 1e9
 
 
-def disk_gb_per_s(device: str) -> float:
+def disk_gb_per_s(device: str) -> float | None:
     """Weights that come from files, as `offload=disk` writes and reads them, where the system's cache does not have
-    them; what is assumed where no files can be there."""
-    bytes = FILE_BYTES // (16 if device == "cpu" else 1)
-    with contextlib.suppress(FramefitError), contextlib.ExitStack() as after:
+    them; None where no files can be there. Takes as long as the disk does for 1 GiB."""
+    with contextlib.suppress(FramefitError, OSError), contextlib.ExitStack() as after:
         scratch = Scratch.create()
         after.callback(scratch.remove)
-        transfer = DiskTransfer(transfer_for(torch.device(device)), scratch.path)
-        after.callback(transfer.close)
-        weights = torch.randint(256, (bytes,), dtype=torch.uint8)
+        return _from_files(scratch.path, device)
+    return None
+
+
+def _from_files(folder: Path, device: str) -> float:
+    """GB/s."""
+    bytes = FILE_BYTES // (16 if device == "cpu" else 1)
+    weights = torch.randint(256, (bytes,), dtype=torch.uint8)
+    transfer = DiskTransfer(transfer_for(torch.device(device)), folder)
+
+    def fetch(*slabs: FiledSlab) -> None:
+        for slab in slabs:
+            transfer.copy(slab, room)
+            transfer.wait(room)
+
+    try:
         first, *others = (transfer.slab([weights.clone()]) for _ in range(FILES))
         room = transfer.room(bytes)
-
-        def fetch(*slabs: FiledSlab) -> None:
-            for slab in slabs:
-                transfer.copy(slab, room)
-                transfer.wait(room)
-
         fetch(first)  # for which memory is pinned
         for slab in others:
             _forget(slab)
         return len(others) * bytes / _once(partial(fetch, *others), device) / 1e9
-    return DISK_GB_PER_S
+    finally:
+        transfer.close()
 
 
 def _forget(slab: FiledSlab) -> None:
