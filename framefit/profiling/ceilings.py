@@ -28,8 +28,8 @@ BUDGET_S = 0.1
 
 
 def measure(device: str, *, fresh: bool = False, file: Path | None = None) -> Rates:
-    """The best rates of `device` ("cpu" or "cuda:N"): filed ones, or measured now, which takes a few seconds and as long
-    as the disk does for some files.
+    """The best rates of `device` ("cpu" or "cuda:N"): filed ones, or measured now, which takes a few seconds, and
+    what the disk takes for 1 GiB.
 
     Args:
         fresh: measure although there are filed ones.
