@@ -56,7 +56,7 @@ from framefit.passes import apply_all, change, offload
 from framefit.pipeline import Pipeline
 from framefit.plan import Plan
 from framefit.planning import choose, fitted
-from framefit.planning.estimate import steps_of, with_phases
+from framefit.planning.estimate import replayed, steps_of, with_phases
 from framefit.planning.traces import traced
 from framefit.rates import Rates
 from framefit.request import Request
@@ -151,29 +151,23 @@ def _predict(flags: argparse.Namespace) -> None:
         met = _shapes(plans["resident"])  # to warm up, too
         said = {}
         for key, each in plans.items():
-            said[key] = _said(each, met, denoised=key != "near")
-            if key in most:
-                need = max(phase["reserved_bytes"] for phase in said[key]["phases"].values())
-                said[key] |= {
-                    "goal_bytes": most[key],
-                    "feasible": need <= most[key] and (key == "near" or each.feasible),
-                }
+            said[key] = _said(each, met, key, most.get(key))
             met |= _shapes(each)
         found.append({"row": name, "plans": said})
         for key, each in said.items():
             print(f"{name} {key}: {_told(each)}", flush=True)
     flags.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    head = ["work", "plan", "settings", "phase", "allocated GiB", "reserved", "seconds", "pinned"]
+    head = ["work", "plan", "settings", "phase", "allocated GiB", "needed", "reserved", "seconds", "pinned"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for of in found:
         for key, each in of["plans"].items():
             most = each.get("goal_bytes", sys.maxsize)
             for phase, said in each["phases"].items():
-                over = "" if said["reserved_bytes"] <= most else " **over**"
+                over = "" if said["need_bytes"] <= most else " **over**"
                 lines.append(
                     f"| {of['row']} | {key} | {_settings(each)} | {phase} | {said['allocated_bytes'] / GIB:.2f} "
-                    f"| {said['reserved_bytes'] / GIB:.2f}{over} | {said['seconds']:.2f} "
-                    f"| {said['pinned_bytes'] / GIB:.1f} |"
+                    f"| {said['need_bytes'] / GIB:.2f}{over} | {said['reserved_bytes'] / GIB:.2f} "
+                    f"| {said['seconds']:.2f} | {said['pinned_bytes'] / GIB:.1f} |"
                 )
     flags.out.with_suffix(".md").write_text("# Said before it is run\n\n" + "\n".join(lines) + "\n")
 
@@ -205,13 +199,12 @@ def _measure(name: str, plans: dict[str, Any], file: Path) -> None:
     found["rss_bytes"] = psutil.Process().memory_info().rss  # its own: all weights are on the card
     for key, said in plans.items():
         before, plan = plan, _plan(name, card, said["settings"], _steps(key))
-        need = max(phase["reserved_bytes"] for phase in said["phases"].values())
-        cap = said["goal_bytes"] if said.get("feasible") else int(MARGIN * need)
-        result: dict[str, Any] = {"said": said, "cap_bytes": None if key == "resident" else cap}
+        result: dict[str, Any] = {"said": said, "cap_bytes": said["cap_bytes"]}
         began = time.perf_counter()
         try:
             change(parts, before, plan)
             gc.collect()
+            torch._C._cuda_clearCublasWorkspaces()  # it comes with the first product, as in a process of its own
             torch.cuda.empty_cache()
             result["pack_s"] = round(time.perf_counter() - began, 1)
             given = still.get(STEPS) if key == "near" else None
@@ -325,14 +318,25 @@ def _shapes(plan: Plan) -> set[int]:
     return {shape for trace in traced(plan, CHECKPOINTS[plan.request.model]) for shape in trace.shapes}
 
 
-def _said(plan: Plan, met: set[int], *, denoised: bool) -> dict[str, Any]:
-    """The settings that differ from the reference's, and the figures by phase, where shapes in `met` are not new."""
+def _said(plan: Plan, met: set[int], key: str, goal_bytes: int | None) -> dict[str, Any]:
+    """The settings that differ from the reference's, the cap, and the figures by phase, where shapes in `met` are not
+    new."""
     checkpoint = CHECKPOINTS[plan.request.model]
     usual = {s.type: s.value for s in choose(
         Request(image=PHOTO, prompt="-", model=checkpoint.id, seed=1), checkpoint, plan.device, photo_size=(640, 427)
     ).settings}  # fmt: skip
-    traces = traced(plan, checkpoint)
-    estimate = {phase.name: phase for phase in with_phases(plan, checkpoint, traces, met).estimate.phases}
+    traces = [t for t in traced(plan, checkpoint) if key != "near" or not t.name.startswith("denoise")]
+    plan = with_phases(plan, checkpoint, traces, met)
+    need = max(phase.peak_vram_bytes for phase in plan.estimate.phases)
+    said: dict[str, Any] = {"cap_bytes": None if key == "resident" else int(MARGIN * need)}
+    if goal_bytes is not None:
+        feasible = need <= goal_bytes and (key == "near" or plan.feasible)
+        said = {"cap_bytes": goal_bytes if feasible else int(MARGIN * need), "goal_bytes": goal_bytes}
+        said["feasible"] = feasible
+    if said["cap_bytes"]:
+        plan = replace(plan, device=replace(plan.device, vram_limit_bytes=said["cap_bytes"]))
+        plan = replace(plan, estimate=replace(plan.estimate, free_bytes=said["cap_bytes"]))
+    estimate = {phase.name: phase for phase in replayed(plan, checkpoint, traces).estimate.phases}
     known = rates.of(plan.device)
     assert known
     assert known.unseen
@@ -340,16 +344,17 @@ def _said(plan: Plan, met: set[int], *, denoised: bool) -> dict[str, Any]:
     phases = {
         trace.name: {
             "allocated_bytes": sum(trace.weights_bytes.values()) + trace.peak_bytes + cublas_bytes,
-            "reserved_bytes": estimate[trace.name].peak_vram_bytes, "host_bytes": estimate[trace.name].host_bytes,
+            "need_bytes": estimate[trace.name].peak_vram_bytes, "host_bytes": estimate[trace.name].host_bytes,
+            "reserved_bytes": estimate[trace.name].reserved_bytes,
             "pinned_bytes": estimate[trace.name].pinned_bytes, "disk_bytes": estimate[trace.name].disk_bytes,
             "seconds": estimate[trace.name].seconds,
             "moved_bytes": trace.onload_bytes + _times(plan, trace.name) * trace.bytes["host_to_device"],
             "held": dict(estimate[trace.name].held),
         }
         for trace in traces
-        if denoised or not trace.name.startswith("denoise")
     }  # fmt: skip
-    return {"settings": {s.type: s.value for s in plan.settings if s.value != usual[s.type]}, "phases": phases}
+    settings = {s.type: s.value for s in plan.settings if s.value != usual[s.type]}
+    return {"settings": settings, **said, "phases": phases}
 
 
 def _times(plan: Plan, phase: str) -> int:
@@ -417,8 +422,7 @@ def _near(found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Of all phases of all runs: how far what was said was off. A cap holds for the phase that needs most: before and
-    after it the allocator keeps what nobody asks back."""
+    """Of all phases of all runs: how far what was said was off. What a run needs is seen where a cap is near."""
     runs = [plan for each in found for plan in each["plans"].values()]
     yield f"{len(runs)} runs, {sum('failed' in run for run in runs)} of them out of memory.\n"
     head = ["phases", "within 5 %", "within 10 %", "within 15 %", "over 2 % too little", "mean of the error's size"]
@@ -426,10 +430,11 @@ def _errors(found: list[dict[str, Any]]) -> Iterator[str]:
     yield "|---" * (len(head) + 2) + "|"
     points = {what: _points(found, what) for what in BYTES}
     done = [run for run in runs if "phases" in run]
-    points["reserved_bytes, at most in a run"] = [_most(run) for run in done]
-    tight = [run for run in done if run["cap_bytes"] and run["cap_bytes"] <= MARGIN * _most(run)[1]]
-    points[f"reserved_bytes, at most in a run whose cap was {MARGIN - 1:.0%} above it or less"] = [
-        _most(run) for run in tight
+    points["reserved_bytes, at most in a run"] = [(_most(run, BYTES[1]), _most(run["said"], BYTES[1])) for run in done]
+    points[f"need_bytes, at most in a run whose cap was {MARGIN - 1:.0%} above it or less"] = [
+        (_most(run, BYTES[1]), _most(run["said"], "need_bytes"))
+        for run in done
+        if run["cap_bytes"] and run["cap_bytes"] <= MARGIN * _most(run["said"], "need_bytes")
     ]
     points |= {SECONDS: _points(found, SECONDS), f"{SECONDS}, of one and more": _points(found, SECONDS, 1)}
     points |= {f"{what}, of 1 GiB and more": _points(found, what, GIB) for what in HOST}  # without the process's own
@@ -470,10 +475,9 @@ def _measured(each: dict[str, Any], phase: dict[str, Any], what: str) -> float:
     return max(0.0, value - each["rss_bytes"]) if what == "host_bytes" else value
 
 
-def _most(plan: dict[str, Any]) -> tuple[int, int]:
-    """(measured, said) reserved bytes at most, be it in two phases: what a card must have."""
-    measured, said = (max(phase["reserved_bytes"] for phase in of["phases"].values()) for of in (plan, plan["said"]))
-    return measured, said
+def _most(plan: dict[str, Any], what: str) -> int:
+    """Bytes in the phase that takes most."""
+    return max(phase[what] for phase in plan["phases"].values())
 
 
 def _points(found: list[dict[str, Any]], what: str, least: float = 0) -> list[tuple[float, float]]:
@@ -503,8 +507,7 @@ def _draw(found: list[dict[str, Any]], file: Path) -> None:
 
 def _told(said: dict[str, Any]) -> str:
     peaks = "  ".join(
-        f"{name} {phase['reserved_bytes'] / GIB:.2f} GiB {phase['seconds']:.1f} s"
-        for name, phase in said["phases"].items()
+        f"{name} {phase['need_bytes'] / GIB:.2f} GiB {phase['seconds']:.1f} s" for name, phase in said["phases"].items()
     )
     fits = "" if "feasible" not in said else "fits, " if said["feasible"] else "does not fit, "
     return f"{fits}{_settings(said)}: {peaks}"

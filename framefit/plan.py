@@ -259,7 +259,7 @@ class PhaseEstimate:
     seconds: float | None
     """In the whole run, at the device's rates; None where these are not known."""
     peak_vram_bytes: int
-    """Reserved by the run on the card, when it is most; CUDA's context is beside it. 0 on the CPU."""
+    """That the run needs of the card, when it is most; CUDA's context is beside it. 0 on the CPU."""
     host_bytes: int
     """Tensors in RAM, when they are most."""
     pinned_bytes: int = 0
@@ -268,6 +268,8 @@ class PhaseEstimate:
     """Of the host's, what a VAE remembers between two groups of frames."""
     disk_bytes: int
     """Temporary files."""
+    reserved_bytes: int = 0
+    """That torch's allocator reserves of the card: it takes more than a run needs where there is room. 0 on the CPU."""
     held: Mapping[str, int]
     """What is largest at the peak, by name, in bytes."""
 

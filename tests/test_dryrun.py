@@ -19,8 +19,9 @@ from framefit.device import Device
 from framefit.families import CHECKPOINTS, Checkpoint, wan
 from framefit.families.parts import Parts, load_parts
 from framefit.ledger import counts
+from framefit.ledger.allocator import block_bytes
 from framefit.ledger.counts import Tally, count
-from framefit.ledger.live import Live, block_bytes
+from framefit.ledger.live import Live
 from framefit.passes import apply_all
 from framefit.pipeline import Pipeline
 from framefit.plan import Decode, Plan
@@ -248,7 +249,8 @@ def test_what_ran_again_is_told_by_what_was_there_the_first_time() -> None:
             out = [call()]
         assert rise.bytes == 4096
         out.append(torch.ones(2048))
-        live.rose(rise)
+        with live.rose(rise):
+            pass
     peak = live.phases["all"]
     assert peak.bytes == sum(held.bytes for held in peak.held) == 2 * 4096 + 2048 + 8192
     assert sorted(held.bytes for held in peak.held) == [2048, 4096, 4096, 8192]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Held", "Live", "Peak", "Rise", "block_bytes"]
+from framefit.ledger.allocator import block_bytes
+
+__all__ = ["Block", "Held", "Live", "Peak", "Rise"]
 
 Workspace = Callable[[Any, Any, Any], int]
 """(operator, its arguments, its result) -> bytes that it needs beside these while it runs."""
 
-BLOCK = 512
-"""Bytes: kMinBlockSize in c10/cuda/CUDACachingAllocator.h."""
+Block = tuple[int, int]
+"""(its number, its bytes), where it is taken; (its number, 0), where it goes."""
+MARK: Block = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,10 @@ class Peak:
     bytes: int = 0
     held: list[Held] = field(default_factory=list)
     """All that was alive at the peak."""
+    begins: list[Block] = field(default_factory=list)
+    """That were alive when the phase began first."""
+    blocks: list[Block] = field(default_factory=list)
+    """That came and went in it, in order; those of an operator's workspace too."""
 
 
 @dataclass(slots=True)
@@ -59,6 +67,8 @@ class Rise:
     """All that was alive then."""
     before: list[Held] = field(default_factory=list)
     """All that was alive when it began."""
+    blocks: list[Block] = field(default_factory=list)
+    """As `Peak.blocks`."""
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -75,36 +85,66 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[Held, Any]] = {}
         self._bytes = 0
         self._peak = Peak()
+        self._blocks: list[Block] = []
+        self._next = count(1)
+        self._numbers: dict[int, int] = {}
+        """Storage -> its block's."""
+        self._sizes: dict[int, int] = {}
+        """Of all blocks that were."""
+        self._left: list[int] = []
+        """Blocks of what ran again, for what it makes."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What is alive while the block runs counts for the phase `name`, what came before and is still alive too."""
-        outer, self._peak = self._peak, self.phases.setdefault(name, Peak())
+        begins = [(self._numbers[key], held.bytes) for key, (held, _) in self._alive.items()]
+        outer, self._peak = self._peak, self.phases.setdefault(name, Peak(begins=begins))
+        before, self._blocks = self._blocks, self._peak.blocks
         self._look()
         try:
             yield
         finally:
-            self._peak = outer
+            self._peak, self._blocks = outer, before
 
     @contextmanager
     def rise(self) -> Iterator[Rise]:
         """It holds, once the block is over, how much more was alive in it than before."""
         entered, found = self._bytes, Rise(before=self._now())
         outer, self._peak = self._peak, Peak(entered, found.before)
+        first = len(self._blocks)
         try:
             yield found
         finally:
+            found.blocks = self._blocks[first:]
             inner, self._peak = self._peak, outer
             found.bytes, found.held = inner.bytes - entered, inner.held
             if inner.bytes > outer.bytes:
                 outer.bytes, outer.held = inner.bytes, inner.held
 
-    def rose(self, rise: Rise) -> None:
-        """What `rise` is of ran again, beside what is alive now."""
+    @contextmanager
+    def rose(self, rise: Rise) -> Iterator[None]:
+        """What `rise` is of ran again, beside what is alive now; what it leaves is made in the block."""
         if self._bytes + rise.bytes > self._peak.bytes:
             now = self._now()
             held = [*_without(rise.held, _without(rise.before, now)), *_without(now, rise.before)]
             self._peak.bytes, self._peak.held = self._bytes + rise.bytes, held
+        before, self._left = self._left, []
+        gone = self._again(rise.blocks)
+        try:
+            yield
+        finally:
+            left, self._left = self._left, before
+            for number in left:  # what it keeps itself, in place of what it kept before
+                key = next((key for key in gone if self._sizes[self._numbers[key]] == self._sizes[number]), None)
+                if key is None:
+                    self._blocks.append((number, 0))
+                else:
+                    gone.remove(key)
+                    self._numbers[key] = number
+
+    def mark(self) -> None:
+        """A place among the blocks: `MARK`."""
+        self._blocks.append(MARK)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -114,6 +154,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if extra := self._workspace(func, args, result):
             held = self._held(extra, f"workspace of {_name(func)}", result)
             self._look(held.bytes, [held])
+            self._blocks.append((self._taken(held.bytes), 0))
         return result
 
     def _meet(self, tensor: torch.Tensor, func: Any) -> None:
@@ -124,11 +165,42 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = self._held(storage.nbytes(), _name(func), tensor)
         self._alive[key] = held, weakref.ref(storage, lambda _: self._lose(key))
         self._bytes += held.bytes
+        number = next((number for number in self._left if self._sizes[number] == held.bytes), None)
+        if number is None:
+            number = self._taken(held.bytes)
+        else:
+            self._left.remove(number)
+        self._numbers[key] = number
         self._look()
 
     def _lose(self, key: int) -> None:
         held, _ = self._alive.pop(key)
         self._bytes -= held.bytes
+        self._blocks.append((self._numbers.pop(key), 0))
+
+    def _taken(self, bytes: int) -> int:
+        number = next(self._next)
+        self._sizes[number] = bytes
+        self._blocks.append((number, bytes))
+        return number
+
+    def _again(self, blocks: Iterable[Block]) -> list[int]:
+        """They come and go once more. What was there before them and went is one of its size now: storages."""
+        numbers: dict[int, int] = {}
+        gone: list[int] = []
+        for number, bytes in blocks:
+            if bytes:
+                numbers[number] = self._taken(bytes)
+            elif number in numbers:
+                self._blocks.append((numbers.pop(number), 0))
+            else:
+                size = self._sizes[number]
+                like = (k for k in reversed(self._numbers) if self._sizes[self._numbers[k]] == size and k not in gone)
+                if (key := next(like, None)) is not None:
+                    gone.append(key)
+                    self._blocks.append((self._numbers[key], 0))
+        self._left = list(numbers.values())
+        return gone
 
     def _held(self, bytes: int, operator: str, tensor: torch.Tensor) -> Held:
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -164,8 +236,3 @@ def _nowhere(tensor: torch.Tensor) -> bool:
 def _name(func: Any) -> str:
     name: str = func._schema.name
     return name.removeprefix("aten::")
-
-
-def block_bytes(bytes: int) -> int:
-    """What the allocator gives for `bytes`."""
-    return -(-bytes // BLOCK) * BLOCK

@@ -23,8 +23,8 @@ from torch import nn
 from framefit.device import Device
 from framefit.errors import UsageError
 from framefit.families.parts import TEXT_ENCODERS, Parts, round_to, weights
+from framefit.ledger.allocator import block_bytes
 from framefit.ledger.disk import DiskTransfer
-from framefit.ledger.live import block_bytes
 from framefit.ledger.transfer import NoTransfer, Room, Slab, Transfer, transfer_for
 from framefit.passes.split import Split, blocks, finished, rows
 from framefit.passes.stream import Stream, Unit

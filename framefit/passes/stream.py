@@ -65,9 +65,14 @@ class Stream:
         self.after = dict(zip(order, [*order[1:], order[0]], strict=True))
 
     @property
+    def rooms(self) -> list[int]:
+        """Bytes of each that is on the device while the component is at work."""
+        return [self._room_bytes] * min(ROOMS, len(self.units))
+
+    @property
     def rooms_bytes(self) -> int:
-        """On the device while the component is at work."""
-        return min(ROOMS, len(self.units)) * self._room_bytes
+        """Of all of them."""
+        return sum(self.rooms)
 
     @property
     def _room_bytes(self) -> int:
@@ -75,7 +80,7 @@ class Stream:
 
     def open(self) -> None:
         """The component is at work from here on."""
-        self._places = [_Place(self.transfer.room(self._room_bytes)) for _ in self.units[:ROOMS]]
+        self._places = [_Place(self.transfer.room(bytes)) for bytes in self.rooms]
         if self.first:
             self._begin(self.first)
 

@@ -143,9 +143,9 @@ class _Last:
 
     def again(self, live: Live, tally: Tally) -> Any:
         """As if it were called once more."""
-        live.rose(self.rise)
         tally.counts.add(self.counts, tally.times, self.stood_for)
-        return tree_map_only(_Form, _Form.made, self.result)
+        with live.rose(self.rise):
+            return tree_map_only(_Form, _Form.made, self.result)
 
 
 def _as_before(

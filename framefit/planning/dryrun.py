@@ -199,6 +199,7 @@ class _Way:
         conditioning = {name: tensor.contiguous() for name, tensor in conditioning.items()}
         between, remembered = _between_steps(parts["scheduler"])
         held = [torch.empty_like(latents) for _ in range(between)]
+        latents = _blank(latents)  # a step's are newer than what is left of the one before
         experts = zip(parts.checkpoint.experts, request.guidance, strict=True)
         for expert, scale in experts if "denoise" not in self.known else ():
 
@@ -210,12 +211,25 @@ class _Way:
 
             equal = alike.repeated(window, self.live, self.tally)
             with self._phase(f"denoise:{expert}", expert):
-                fused(parts, equal, latents, conditioning, lambda prediction, frames: prediction)
+                prediction = fused(parts, equal, latents, conditioning, lambda prediction, frames: prediction)
+                self.live.mark()  # what follows comes here (`Pipeline._step`)
+                following = _blank(latents)
+                held[:2], latents = [latents, prediction], following
+                del prediction, following
         del held[remembered:]
         if "decode" not in self.known:
             with self._phase("decode", "vae"):
                 for chunk in family.decode(parts, family.settle(latents, conditioning)):
                     del chunk
+
+
+def _blank(latents: torch.Tensor) -> torch.Tensor:
+    """As large; of zeros where there are contents."""
+    made = torch.empty_like(latents)
+    if not isinstance(made, FakeTensor):
+        with _disable_current_modes():
+            made.zero_()
+    return made
 
 
 def _between_steps(scheduler: Any) -> tuple[int, int]:
@@ -423,5 +437,5 @@ def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace
         name=name, weights_bytes=weights.device_bytes, host_bytes=weights.host_bytes, onload_bytes=weights.onload_bytes,
         pinned_bytes=weights.pinned_bytes, disk_bytes=weights.disk_bytes, peak_bytes=peak.bytes, held=dict(held),
         flops=flops, bytes={way: counts.bytes[way] for way in ways}, work=dict(counts.work),
-        shapes=tuple(sorted(counts.shapes)),
+        shapes=tuple(sorted(counts.shapes)), begins=tuple(peak.begins), blocks=tuple(peak.blocks), rooms=weights.rooms,
     )  # fmt: skip

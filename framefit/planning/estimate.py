@@ -24,11 +24,12 @@ from framefit.plan import Decode, Estimate, PhaseEstimate, Plan
 from framefit.planning.choose import component_bytes
 from framefit.planning.moved import together
 from framefit.planning.phase import PhaseTrace, Pieces
+from framefit.planning.reserved import reserved
 from framefit.planning.traces import traced
 from framefit.rates import Rates
 from framefit.request import ResolvedRequest
 
-__all__ = ["check_fits", "estimated", "steps_of", "with_phases"]
+__all__ = ["check_fits", "estimated", "replayed", "steps_of", "with_phases"]
 
 KEPT = {"denoiser": 1.05, "vae": 1.12}
 """Bytes that torch's allocator has to reserve for one allocated, each at its peak, where its segments may grow and a
@@ -57,7 +58,19 @@ def estimated(plan: Plan, checkpoint: Checkpoint) -> Plan:
             checkpoint.id, type(error).__name__, told,
         )  # fmt: skip
         return plan
-    return with_phases(plan, checkpoint, traces)
+    return replayed(with_phases(plan, checkpoint, traces), checkpoint, traces)
+
+
+def replayed(plan: Plan, checkpoint: Checkpoint, traces: Sequence[PhaseTrace]) -> Plan:
+    """`plan`, which has an estimate, with what torch's allocator reserves in each phase."""
+    if plan.device.id == "cpu":
+        return plan
+    known = rates.of(plan.device)
+    steps = {f"denoise:{expert}": times for expert, times in steps_of(plan.request, checkpoint).items()}
+    limit = plan.estimate.free_bytes - (0 if plan.device.vram_limit_bytes is None else EXPANDING_BYTES)
+    found = reserved(traces, steps, limit, _cublas_bytes(known))
+    phases = tuple(replace(p, reserved_bytes=found.get(p.name, 0)) for p in plan.estimate.phases)
+    return replace(plan, estimate=replace(plan.estimate, phases=phases))
 
 
 def with_phases(
@@ -184,8 +197,11 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
 def _reserved(trace: PhaseTrace, known: Rates | None) -> int:
     """For everything but weights."""
     kept = KEPT["vae" if trace.name in ("encode_image", "decode") else "denoiser"]
-    cublas_bytes = known.unseen.cublas_workspace_bytes if known and known.unseen else 0
-    return math.ceil(kept * trace.peak_bytes) + cublas_bytes
+    return math.ceil(kept * trace.peak_bytes) + _cublas_bytes(known)
+
+
+def _cublas_bytes(known: Rates | None) -> int:
+    return known.unseen.cublas_workspace_bytes if known and known.unseen else 0
 
 
 def _seconds(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates | None, new: int) -> float | None:

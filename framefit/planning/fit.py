@@ -19,7 +19,7 @@ from framefit.plan import Offload, Plan, Setting, Tier
 from framefit.planning.because import reasoned
 from framefit.planning.candidates import CANDIDATES, RUNG, Candidates, ladder, places, usual
 from framefit.planning.choose import untouched
-from framefit.planning.estimate import estimated, with_phases
+from framefit.planning.estimate import estimated, replayed, with_phases
 from framefit.planning.moved import blocks, can_move, moved
 from framefit.planning.phase import PhaseTrace
 from framefit.planning.traces import resident, traced
@@ -112,7 +112,7 @@ def fitted(plan: Plan, checkpoint: Checkpoint, *, tier: Tier = "exact") -> Plan:
         for s, stood in zip(found.plan.settings, plan.settings, strict=True)
         if s != stood
     }
-    return reasoned(found.plan, before, blocks(found.traces))
+    return reasoned(replayed(found.plan, checkpoint, found.traces), before, blocks(found.traces))
 
 
 def _soonest(plan: Plan, checkpoint: Checkpoint) -> Plan:

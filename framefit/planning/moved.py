@@ -30,7 +30,8 @@ def moved(traces: Sequence[PhaseTrace], offload: Offload) -> tuple[PhaseTrace, .
     """What `traces`, of weights that stay on the device, are with `offload`."""
     every = {name: pieces for trace in traces for name, pieces in trace.pieces.items()}
     if offload.level == "none":
-        return tuple(replace(t, weights_bytes={name: each.bytes for name, each in every.items()}) for t in traces)
+        here = {name: each.bytes for name, each in every.items()}
+        return tuple(replace(trace, weights_bytes=here, rooms=()) for trace in traces)
     streams = "block" if offload.level == "disk" else offload.level
     level = {name: streams if pieces.layers else "part" for name, pieces in every.items()}
     kept = sum(pieces.bytes for pieces in every.values())
@@ -47,9 +48,10 @@ def moved(traces: Sequence[PhaseTrace], offload: Offload) -> tuple[PhaseTrace, .
 class _Split:
     """One component at work."""
 
-    whole_bytes: int
-    """That come when the phase begins."""
-    rooms_bytes: int
+    whole: tuple[int, ...]
+    """Bytes of each piece that comes when the phase begins."""
+    rooms: tuple[int, ...]
+    """Of those that others pass through."""
     streams: float
     """Share of what a level moves that moves where some blocks stay."""
     order: tuple[tuple[float, int], ...] = ()
@@ -61,8 +63,9 @@ def _moved(trace: PhaseTrace, levels: Mapping[str, str], kept: int) -> PhaseTrac
     streaming = {levels[name]: split.streams for name, split in splits.items() if split.streams}
     copied = sum(int(trace.bytes[level] * share) for level, share in streaming.items())
     return replace(
-        trace, weights_bytes={name: split.whole_bytes + split.rooms_bytes for name, split in splits.items()},
-        onload_bytes=sum(split.whole_bytes for split in splits.values()),
+        trace, weights_bytes={name: sum(split.whole + split.rooms) for name, split in splits.items()},
+        onload_bytes=sum(sum(split.whole) for split in splits.values()),
+        rooms=tuple(size for split in splits.values() for size in split.whole + split.rooms),
         bytes={**trace.bytes, "host_to_device": trace.bytes["host_to_device"] + copied},
         streams=max((split.order for split in splits.values()), key=len, default=()) or trace.streams,
     )  # fmt: skip
@@ -70,13 +73,14 @@ def _moved(trace: PhaseTrace, levels: Mapping[str, str], kept: int) -> PhaseTrac
 
 def _split(pieces: Pieces, level: str, kept: int) -> _Split:
     if level == "part":
-        return _Split(pieces.bytes, 0, 0.0)
+        return _Split((pieces.bytes,), (), 0.0)
     units = pieces.blocks if level == "block" else pieces.layers
     stay = spread(kept, len(units))
     stream = [size for i, size in enumerate(units) if i not in stay]
-    whole = pieces.bytes - pieces.tables_bytes - sum(stream)
+    outside = pieces.bytes - pieces.tables_bytes - sum(units)
     order = _order(units, pieces.block_shares if level == "block" else pieces.layer_shares, stay)
-    return _Split(whole, min(ROOMS, len(stream)) * max(stream, default=0), sum(stream) / max(1, sum(units)), order)
+    rooms = (max(stream, default=0),) * min(ROOMS, len(stream))
+    return _Split((outside, *(units[i] for i in sorted(stay))), rooms, sum(stream) / max(1, sum(units)), order)
 
 
 def _order(units: Sequence[int], shares: Sequence[float], stay: Collection[int]) -> tuple[tuple[float, int], ...]:

@@ -8,10 +8,14 @@ from typing import Any, Self
 
 from framefit.rates import Quantity, Sort
 
-__all__ = ["Given", "PhaseTrace", "Pieces"]
+__all__ = ["MARK", "Blocks", "Given", "PhaseTrace", "Pieces"]
 
 ROWS = ("blocks", "layers", "block_shares", "layer_shares")
 """Of `Pieces`, a figure for each."""
+Blocks = tuple[tuple[int, int], ...]
+"""As `framefit.ledger.live.Block`."""
+MARK = (0, 0)
+"""Among them: weights of the phase that follows come here, where it follows at once."""
 Given = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> (precision as torch calls it, shape): tensors that one phase gives to another."""
 
@@ -71,6 +75,12 @@ class PhaseTrace:
     """Of the components that the phase needs; empty where they were traced in another place than on the device."""
     gives: Given = field(default_factory=dict)
     """To later phases."""
+    begins: Blocks = ()
+    """On the device when the phase begins, weights apart."""
+    blocks: Blocks = ()
+    """That come and go there in it, or in one step of it."""
+    rooms: tuple[int, ...] = ()
+    """Bytes of what weights lie in on the device, in the order in which it is taken; empty: they lie there always."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
@@ -87,5 +97,6 @@ class PhaseTrace:
         }
         gives = {name: (of, tuple(shape)) for name, (of, shape) in data["gives"].items()}
         shapes, streams = tuple(data["shapes"]), tuple((share, size) for share, size in data["streams"])
+        blocks = {of: tuple((number, size) for number, size in data[of]) for of in ("begins", "blocks")}
         rest = {"flops": flops, "work": work, "shapes": shapes, "streams": streams, "pieces": pieces, "gives": gives}
-        return cls(**{**data, **rest})
+        return cls(**{**data, **rest, **blocks, "rooms": tuple(data["rooms"])})

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from framefit.families.parts import TEXT_ENCODERS, Parts
-from framefit.ledger.live import block_bytes
+from framefit.ledger.allocator import block_bytes
 from framefit.ledger.transfer import Slab
 from framefit.passes import offload
 from framefit.passes.split import Split
@@ -30,6 +30,8 @@ class Placed:
     onload_bytes: int = 0
     """That come to the device as a whole when the phase begins."""
     disk_bytes: int = 0
+    rooms: tuple[int, ...] = ()
+    """As `PhaseTrace.rooms`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +97,24 @@ def placed(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module
     """
     if (found := offload.placed(parts)) is None:
         return Placed(device_bytes=dict(weights))
-    device, onload = {}, 0
+    device, onload, rooms = {}, 0, tuple[int, ...]()
     for name in used:
         if component := found.components.get(name):
             times = _times(component.model, standing)
             moving = sum(unit.slab.bytes * times[unit.module] for unit in component.stream.units)
             whole = weights[name] - component.embeddings_bytes - moving
             device[name], onload = whole + component.stream.rooms_bytes, onload + whole
+            stay = [slab.bytes for slab in component.whole[1:]]
+            rooms += (whole - sum(stay), *stay, *component.stream.rooms)
     host = sum(weights.values())
     if found.setting.level == "disk":
         staging = staging_bytes(max(found.slab_bytes))
         return Placed(
-            device_bytes=device, host_bytes=staging, pinned_bytes=staging, onload_bytes=onload, disk_bytes=host
+            device_bytes=device, host_bytes=staging, pinned_bytes=staging, onload_bytes=onload, disk_bytes=host,
+            rooms=rooms,
         )  # fmt: skip
     unpinned = sum(component.embeddings_bytes for component in found.components.values())
-    return Placed(device_bytes=device, host_bytes=host, pinned_bytes=host - unpinned, onload_bytes=onload)
+    return Placed(device_bytes=device, host_bytes=host, pinned_bytes=host - unpinned, onload_bytes=onload, rooms=rooms)
 
 
 def kept(parts: Parts, standing: Mapping[nn.Module, int]) -> dict[str, int]:

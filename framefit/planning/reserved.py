@@ -1,0 +1,103 @@
+"""What torch's allocator will have reserved in every phase: a dry run's blocks, replayed in a run's order. No torch.
+
+What a run needs is told apart (`PhaseEstimate.peak_vram_bytes`): where there is room, the allocator takes more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from framefit.ledger.allocator import Allocator
+from framefit.planning.phase import MARK, Blocks, PhaseTrace
+
+__all__ = ["reserved"]
+
+TIMES = 3
+"""That a step is replayed at most: those after it find what it found."""
+CUBLAS = -1
+"""The block of its workspace."""
+
+
+def reserved(
+    traces: Sequence[PhaseTrace], steps: Mapping[str, int], limit_bytes: int | None, cublas_bytes: int
+) -> dict[str, int]:
+    """Phase -> bytes, when they are most. The cache is emptied before each, so that what one phase leaves to the
+    allocator is not the next one's.
+
+    Args:
+        steps: phase -> how often its trace is gone through; once where nothing is told.
+        limit_bytes: that may be reserved; None: there is room for all.
+        cublas_bytes: of its workspace, which comes with the first product and stays.
+    """
+    card, found = _Card(Allocator(limit_bytes)), dict[str, int]()
+    if traces and not traces[0].rooms:
+        card.bring((sum(traces[0].weights_bytes.values()),))
+    for trace, following in zip(traces, (*traces[1:], None), strict=True):
+        card.keep(trace.begins)
+        card.bring(trace.rooms)
+        card.allocator.trim()
+        card.allocator.forget()
+        if trace is traces[0]:
+            card.allocator.take(CUBLAS, cublas_bytes)
+        times = min(TIMES, steps.get(trace.name, 1))
+        for index in range(times):
+            card.go(trace, following.rooms if following and index == times - 1 else ())
+        found[trace.name] = card.allocator.peak_bytes
+    return found
+
+
+@dataclass(slots=True)
+class _Card:
+    allocator: Allocator
+    rooms: dict[int, int] = field(default_factory=dict)
+    """Of weights: block -> bytes."""
+    alive: dict[int, int] = field(default_factory=dict)
+    """Of all else, the newest last."""
+    names: count[int] = field(default_factory=count)
+
+    def bring(self, rooms: Sequence[int]) -> None:
+        """Weights lie in these from here on, and not in others; in none: they stay where they are."""
+        if not rooms or tuple(self.rooms.values()) == tuple(rooms):
+            return
+        for room in self.rooms:
+            self.allocator.give(room)
+        self.allocator.trim()
+        self.rooms = {self.take(size): size for size in rooms}
+
+    def take(self, bytes: int) -> int:
+        name = next(self.names)
+        self.allocator.take(name, bytes)
+        return name
+
+    def keep(self, begins: Blocks) -> dict[int, int]:
+        """What a phase begins with is alive, where it lies, and nothing else. Returns number -> block.
+
+        Two dry runs number alike what is not the same, so that sizes tell: the latents, which come last, are the
+        newest, all else is the oldest that there is.
+        """
+        now: dict[int, int] = {}
+        left = self.alive
+        for number, size in (*begins[-1:], *begins[:-1]):
+            like = [name for name, of in left.items() if of == size]
+            name = self.take(size) if not like else like[0] if now else like[-1]
+            left.pop(name, None)
+            now[number] = name
+        for name in left:
+            self.allocator.give(name)
+        self.alive = {now[number]: size for number, size in begins}
+        return now
+
+    def go(self, trace: PhaseTrace, following: Sequence[int]) -> None:
+        """Through a phase's blocks; from its mark on weights lie in the rooms of what follows."""
+        now = self.keep(trace.begins)
+        for number, size in trace.blocks:
+            if (number, size) == MARK:
+                self.bring(following)
+            elif size:
+                now[number] = name = self.take(size)
+                self.alive[name] = size
+            elif (gone := now.pop(number, None)) is not None:
+                self.allocator.give(gone)
+                del self.alive[gone]
