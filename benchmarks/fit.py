@@ -287,8 +287,6 @@ class _Watch(threading.Thread):
 
     @contextmanager
     def around(self, name: str) -> Iterator[None]:
-        if name not in self.phases:  # what an earlier phase left to the allocator is not this one's
-            torch.cuda.empty_cache()
         phase = self.phases.setdefault(name, dict.fromkeys(("reserved_bytes", *HOST), 0))
         moved, self._now = sum(each.moved_bytes for each in self._transfers), name
         resident_peak()

@@ -268,8 +268,9 @@ class PhaseEstimate:
     """Of the host's, what a VAE remembers between two groups of frames."""
     disk_bytes: int
     """Temporary files."""
-    reserved_bytes: int = 0
-    """That torch's allocator reserves of the card: it takes more than a run needs where there is room. 0 on the CPU."""
+    reserved_bytes: int | None = None
+    """That torch's allocator will hold of the card: often more than a run needs where there is room, less where what it
+    needs was told with more for gaps than there are. None on the CPU, and of loading."""
     held: Mapping[str, int]
     """What is largest at the peak, by name, in bytes."""
 

@@ -19,16 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from framefit.ledger.allocator import block_bytes
+from framefit.ledger.allocator import MARK, Block, block_bytes
 
-__all__ = ["Block", "Held", "Live", "Peak", "Rise"]
+__all__ = ["Held", "Live", "Peak", "Rise"]
 
 Workspace = Callable[[Any, Any, Any], int]
 """(operator, its arguments, its result) -> bytes that it needs beside these while it runs."""
-
-Block = tuple[int, int]
-"""(its number, its bytes), where it is taken; (its number, 0), where it goes."""
-MARK: Block = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +87,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Storage -> its block's."""
         self._sizes: dict[int, int] = {}
         """Of all blocks that were."""
+        self._over: set[int] = set()
+        """Of these, whose end was told."""
         self._left: list[int] = []
         """Blocks of what ran again, for what it makes."""
 
@@ -137,7 +135,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for number in left:  # what it keeps itself, in place of what it kept before
                 key = next((key for key in gone if self._sizes[self._numbers[key]] == self._sizes[number]), None)
                 if key is None:
-                    self._blocks.append((number, 0))
+                    self._ends(number)
                 else:
                     gone.remove(key)
                     self._numbers[key] = number
@@ -154,7 +152,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if extra := self._workspace(func, args, result):
             held = self._held(extra, f"workspace of {_name(func)}", result)
             self._look(held.bytes, [held])
-            self._blocks.append((self._taken(held.bytes), 0))
+            self._ends(self._taken(held.bytes))
         return result
 
     def _meet(self, tensor: torch.Tensor, func: Any) -> None:
@@ -176,13 +174,20 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _lose(self, key: int) -> None:
         held, _ = self._alive.pop(key)
         self._bytes -= held.bytes
-        self._blocks.append((self._numbers.pop(key), 0))
+        self._ends(self._numbers.pop(key))
 
     def _taken(self, bytes: int) -> int:
         number = next(self._next)
         self._sizes[number] = bytes
-        self._blocks.append((number, bytes))
+        if bytes:
+            self._blocks.append((number, bytes))
         return number
+
+    def _ends(self, number: int) -> None:
+        """Once: a call that ran again may have let go what its caller still refers to."""
+        if self._sizes[number] and number not in self._over:
+            self._over.add(number)
+            self._blocks.append((number, 0))
 
     def _again(self, blocks: Iterable[Block]) -> list[int]:
         """They come and go once more. What was there before them and went is one of its size now: storages."""
@@ -192,13 +197,13 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if bytes:
                 numbers[number] = self._taken(bytes)
             elif number in numbers:
-                self._blocks.append((numbers.pop(number), 0))
+                self._ends(numbers.pop(number))
             else:
                 size = self._sizes[number]
                 like = (k for k in reversed(self._numbers) if self._sizes[self._numbers[k]] == size and k not in gone)
                 if (key := next(like, None)) is not None:
                     gone.append(key)
-                    self._blocks.append((self._numbers[key], 0))
+                    self._ends(self._numbers[key])
         self._left = list(numbers.values())
         return gone
 

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
+from framefit.ledger.allocator import MARK, Block
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak
 from framefit.ledger.operators import channels_last
@@ -426,6 +427,16 @@ def _following(
             handle.remove()
 
 
+def _numbered(peak: Peak) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+    """What a phase begins with, the latents last, and its blocks; numbered as they come, whatever was traced before."""
+    begins = [*sorted(peak.begins[:-1], key=lambda block: block[1]), *peak.begins[-1:]]
+    numbers = {MARK[0]: MARK[0]}
+    for number, _ in (*begins, *peak.blocks):
+        numbers.setdefault(number, len(numbers))
+    first, rest = (tuple((numbers[number], size) for number, size in of) for of in (begins, peak.blocks))
+    return first, rest
+
+
 def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace:
     largest = sorted(peak.held, key=lambda held: -held.bytes)[:LARGEST]
     held: Counter[str] = Counter()
@@ -433,9 +444,11 @@ def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace
         held[f"{each.operator} {each.dtype}{list(each.shape)} in {each.module or 'the loop'}"] += each.bytes
     ways = ("elementwise", "host_to_device", "device_to_host", "block", "leaf")
     flops: dict[tuple[str, str], int] = {(kind, precision): n for (kind, precision), n in counts.flops.items()}
+    begins, blocks = _numbered(peak)
     return PhaseTrace(
         name=name, weights_bytes=weights.device_bytes, host_bytes=weights.host_bytes, onload_bytes=weights.onload_bytes,
         pinned_bytes=weights.pinned_bytes, disk_bytes=weights.disk_bytes, peak_bytes=peak.bytes, held=dict(held),
         flops=flops, bytes={way: counts.bytes[way] for way in ways}, work=dict(counts.work),
-        shapes=tuple(sorted(counts.shapes)), begins=tuple(peak.begins), blocks=tuple(peak.blocks), rooms=weights.rooms,
+        shapes=tuple(sorted(counts.shapes)), rooms=weights.rooms,
+        begins=begins, blocks=blocks,
     )  # fmt: skip

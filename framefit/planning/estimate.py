@@ -69,7 +69,7 @@ def replayed(plan: Plan, checkpoint: Checkpoint, traces: Sequence[PhaseTrace]) -
     steps = {f"denoise:{expert}": times for expert, times in steps_of(plan.request, checkpoint).items()}
     limit = plan.estimate.free_bytes - (0 if plan.device.vram_limit_bytes is None else EXPANDING_BYTES)
     found = reserved(traces, steps, limit, _cublas_bytes(known))
-    phases = tuple(replace(p, reserved_bytes=found.get(p.name, 0)) for p in plan.estimate.phases)
+    phases = tuple(replace(p, reserved_bytes=found.get(p.name)) for p in plan.estimate.phases)
     return replace(plan, estimate=replace(plan.estimate, phases=phases))
 
 

@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from framefit.ledger.allocator import Block
 from framefit.rates import Quantity, Sort
 
-__all__ = ["MARK", "Blocks", "Given", "PhaseTrace", "Pieces"]
+__all__ = ["Given", "PhaseTrace", "Pieces"]
 
 ROWS = ("blocks", "layers", "block_shares", "layer_shares")
 """Of `Pieces`, a figure for each."""
-Blocks = tuple[tuple[int, int], ...]
-"""As `framefit.ledger.live.Block`."""
-MARK = (0, 0)
-"""Among them: weights of the phase that follows come here, where it follows at once."""
 Given = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> (precision as torch calls it, shape): tensors that one phase gives to another."""
 
@@ -75,9 +72,9 @@ class PhaseTrace:
     """Of the components that the phase needs; empty where they were traced in another place than on the device."""
     gives: Given = field(default_factory=dict)
     """To later phases."""
-    begins: Blocks = ()
-    """On the device when the phase begins, weights apart."""
-    blocks: Blocks = ()
+    begins: tuple[Block, ...] = ()
+    """On a card when the phase begins, weights apart, the latents last."""
+    blocks: tuple[Block, ...] = ()
     """That come and go there in it, or in one step of it."""
     rooms: tuple[int, ...] = ()
     """Bytes of what weights lie in on the device, in the order in which it is taken; empty: they lie there always."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from framefit.ledger.allocator import Allocator
-from framefit.planning.phase import MARK, Blocks, PhaseTrace
+from framefit.ledger.allocator import MARK, Allocator, Block
+from framefit.planning.phase import PhaseTrace
 
 __all__ = ["reserved"]
 
@@ -23,8 +23,8 @@ CUBLAS = -1
 def reserved(
     traces: Sequence[PhaseTrace], steps: Mapping[str, int], limit_bytes: int | None, cublas_bytes: int
 ) -> dict[str, int]:
-    """Phase -> bytes, when they are most. The cache is emptied before each, so that what one phase leaves to the
-    allocator is not the next one's.
+    """Phase -> bytes, when they are most. Nothing is given back but where weights go (`Offloaded.use`), or a limit is
+    in the way: what a phase leaves to the allocator is reserved in the next one, too.
 
     Args:
         steps: phase -> how often its trace is gone through; once where nothing is told.
@@ -32,18 +32,16 @@ def reserved(
         cublas_bytes: of its workspace, which comes with the first product and stays.
     """
     card, found = _Card(Allocator(limit_bytes)), dict[str, int]()
-    if traces and not traces[0].rooms:
-        card.bring((sum(traces[0].weights_bytes.values()),))
-    for trace, following in zip(traces, (*traces[1:], None), strict=True):
+    gone_through = [trace for trace in traces if steps.get(trace.name, 1)]
+    for trace, following in zip(gone_through, (*gone_through[1:], None), strict=True):
         card.keep(trace.begins)
-        card.bring(trace.rooms)
-        card.allocator.trim()
+        card.bring(trace)
         card.allocator.forget()
-        if trace is traces[0]:
+        if not found:
             card.allocator.take(CUBLAS, cublas_bytes)
         times = min(TIMES, steps.get(trace.name, 1))
         for index in range(times):
-            card.go(trace, following.rooms if following and index == times - 1 else ())
+            card.go(trace, following if index == times - 1 else None)
         found[trace.name] = card.allocator.peak_bytes
     return found
 
@@ -51,27 +49,31 @@ def reserved(
 @dataclass(slots=True)
 class _Card:
     allocator: Allocator
-    rooms: dict[int, int] = field(default_factory=dict)
-    """Of weights: block -> bytes."""
+    weights: tuple[str, ...] = ()
+    """The components whose they are."""
+    rooms: list[int] = field(default_factory=list)
+    """Blocks that they lie in."""
     alive: dict[int, int] = field(default_factory=dict)
     """Of all else, the newest last."""
     names: count[int] = field(default_factory=count)
 
-    def bring(self, rooms: Sequence[int]) -> None:
-        """Weights lie in these from here on, and not in others; in none: they stay where they are."""
-        if not rooms or tuple(self.rooms.values()) == tuple(rooms):
+    def bring(self, trace: PhaseTrace) -> None:
+        """The weights of a phase are here, and where weights come and go, no others."""
+        if self.weights == tuple(trace.weights_bytes):
             return
+        self.weights = tuple(trace.weights_bytes)
         for room in self.rooms:
             self.allocator.give(room)
-        self.allocator.trim()
-        self.rooms = {self.take(size): size for size in rooms}
+        if self.rooms:
+            self.allocator.trim()
+        self.rooms = [self.take(size) for size in trace.rooms or (sum(trace.weights_bytes.values()),)]
 
     def take(self, bytes: int) -> int:
         name = next(self.names)
         self.allocator.take(name, bytes)
         return name
 
-    def keep(self, begins: Blocks) -> dict[int, int]:
+    def keep(self, begins: Sequence[Block]) -> dict[int, int]:
         """What a phase begins with is alive, where it lies, and nothing else. Returns number -> block.
 
         Two dry runs number alike what is not the same, so that sizes tell: the latents, which come last, are the
@@ -89,12 +91,13 @@ class _Card:
         self.alive = {now[number]: size for number, size in begins}
         return now
 
-    def go(self, trace: PhaseTrace, following: Sequence[int]) -> None:
-        """Through a phase's blocks; from its mark on weights lie in the rooms of what follows."""
+    def go(self, trace: PhaseTrace, following: PhaseTrace | None) -> None:
+        """Through a phase's blocks; from its mark on the weights of what follows are here."""
         now = self.keep(trace.begins)
         for number, size in trace.blocks:
             if (number, size) == MARK:
-                self.bring(following)
+                if following:
+                    self.bring(following)
             elif size:
                 now[number] = name = self.take(size)
                 self.alive[name] = size
