@@ -326,15 +326,13 @@ def _said(plan: Plan, met: set[int], key: str, goal_bytes: int | None) -> dict[s
     traces = [t for t in traced(plan, checkpoint) if key != "near" or not t.name.startswith("denoise")]
     plan = with_phases(plan, checkpoint, traces, met)
     need = max(phase.peak_vram_bytes for phase in plan.estimate.phases)
-    said: dict[str, Any] = {"cap_bytes": None if key == "resident" else int(MARGIN * need)}
-    if goal_bytes is not None:
-        feasible = need <= goal_bytes and (key == "near" or plan.feasible)
-        said = {"cap_bytes": goal_bytes if feasible else int(MARGIN * need), "goal_bytes": goal_bytes}
-        said["feasible"] = feasible
-    if said["cap_bytes"]:
-        plan = replace(plan, device=replace(plan.device, vram_limit_bytes=said["cap_bytes"]))
-        plan = replace(plan, estimate=replace(plan.estimate, free_bytes=said["cap_bytes"]))
-    estimate = {phase.name: phase for phase in replayed(plan, checkpoint, traces).estimate.phases}
+    fits = goal_bytes is not None and need <= goal_bytes and (key == "near" or plan.feasible)
+    cap = None if key == "resident" else goal_bytes if fits else int(MARGIN * need)
+    said = {"cap_bytes": cap} | ({} if goal_bytes is None else {"goal_bytes": goal_bytes, "feasible": fits})
+    if cap:
+        device, estimate = replace(plan.device, vram_limit_bytes=cap), replace(plan.estimate, free_bytes=cap)
+        plan = replace(plan, device=device, estimate=estimate)
+    told = {phase.name: phase for phase in replayed(plan, checkpoint, traces).estimate.phases}
     known = rates.of(plan.device)
     assert known
     assert known.unseen
@@ -342,12 +340,12 @@ def _said(plan: Plan, met: set[int], key: str, goal_bytes: int | None) -> dict[s
     phases = {
         trace.name: {
             "allocated_bytes": sum(trace.weights_bytes.values()) + trace.peak_bytes + cublas_bytes,
-            "need_bytes": estimate[trace.name].peak_vram_bytes, "host_bytes": estimate[trace.name].host_bytes,
-            "reserved_bytes": estimate[trace.name].reserved_bytes,
-            "pinned_bytes": estimate[trace.name].pinned_bytes, "disk_bytes": estimate[trace.name].disk_bytes,
-            "seconds": estimate[trace.name].seconds,
+            "need_bytes": told[trace.name].peak_vram_bytes, "host_bytes": told[trace.name].host_bytes,
+            "reserved_bytes": told[trace.name].reserved_bytes,
+            "pinned_bytes": told[trace.name].pinned_bytes, "disk_bytes": told[trace.name].disk_bytes,
+            "seconds": told[trace.name].seconds,
             "moved_bytes": trace.onload_bytes + _times(plan, trace.name) * trace.bytes["host_to_device"],
-            "held": dict(estimate[trace.name].held),
+            "held": dict(told[trace.name].held),
         }
         for trace in traces
     }  # fmt: skip

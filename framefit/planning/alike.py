@@ -21,7 +21,7 @@ from framefit.ledger.counts import Counts, Tally
 from framefit.ledger.live import Live, Rise
 from framefit.ledger.transfer import Transfer
 
-__all__ = ["calls", "groups", "latent_frames", "repeated", "tiles"]
+__all__ = ["calls", "groups", "latent_frames", "repeated", "tiles", "zeroed"]
 
 
 def tiles(tally: Tally, transfer: Transfer, shelved: bool, every: Sequence[Tile]) -> Iterator[Tile]:
@@ -81,6 +81,14 @@ def repeated(forward: Callable[..., Any], live: Live, tally: Tally) -> Callable[
     return partial(_as_before, forward, {}, live, tally)
 
 
+def zeroed(made: torch.Tensor) -> torch.Tensor:
+    """Of zeros, with all that lies in its memory, where it has contents."""
+    if not isinstance(made, FakeTensor):
+        with _disable_current_modes():  # the program does no such thing
+            made.untyped_storage().fill_(0)  # type: ignore[attr-defined]
+    return made
+
+
 def _units(vae: nn.Module) -> Iterator[nn.Module]:
     """What a way through a video calls: whatever is made of others, and the children of the encoder and decoder."""
     for child in vae.children():
@@ -123,10 +131,7 @@ class _Form:
             made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
         else:
             made = torch.empty(items, dtype=self.dtype).as_strided(self.shape, self.strides, self.offset)
-        if not isinstance(made, FakeTensor):
-            with _disable_current_modes():  # the program does no such thing
-                made.untyped_storage().fill_(0)  # type: ignore[attr-defined]
-        return made
+        return zeroed(made)
 
 
 @dataclass(slots=True)

@@ -200,7 +200,7 @@ class _Way:
         conditioning = {name: tensor.contiguous() for name, tensor in conditioning.items()}
         between, remembered = _between_steps(parts["scheduler"])
         held = [torch.empty_like(latents) for _ in range(between)]
-        latents = _blank(latents)  # a step's are newer than what is left of the one before
+        latents = alike.zeroed(torch.empty_like(latents))  # a step's are newer than what is left of the one before
         experts = zip(parts.checkpoint.experts, request.guidance, strict=True)
         for expert, scale in experts if "denoise" not in self.known else ():
 
@@ -214,7 +214,7 @@ class _Way:
             with self._phase(f"denoise:{expert}", expert):
                 prediction = fused(parts, equal, latents, conditioning, lambda prediction, frames: prediction)
                 self.live.mark()  # what follows comes here (`Pipeline._step`)
-                following = _blank(latents)
+                following = alike.zeroed(torch.empty_like(latents))
                 held[:2], latents = [latents, prediction], following
                 del prediction, following
         del held[remembered:]
@@ -222,15 +222,6 @@ class _Way:
             with self._phase("decode", "vae"):
                 for chunk in family.decode(parts, family.settle(latents, conditioning)):
                     del chunk
-
-
-def _blank(latents: torch.Tensor) -> torch.Tensor:
-    """As large; of zeros where there are contents."""
-    made = torch.empty_like(latents)
-    if not isinstance(made, FakeTensor):
-        with _disable_current_modes():
-            made.zero_()
-    return made
 
 
 def _between_steps(scheduler: Any) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """What a plan will need, phase by phase: the dry run's bytes and operations, put to a device's memory and rates.
 
-    reserved = weights + activations and workspaces at their peak x what the allocator keeps beside + cuBLAS's
-               in whole pages, and the one that is taken off a limit (`Device.capped`)
-    seconds  = operations over measured rates, bytes over bandwidth, kind by kind; copies that no computation hides;
-               what the host draws and pins; kernels that are looked for at their first use
+    needed  = weights + activations and workspaces at their peak x what the allocator keeps beside + cuBLAS's
+              in whole pages, and the one that is taken off a limit (`Device.capped`)
+    seconds = operations over measured rates, bytes over bandwidth, kind by kind; copies that no computation hides;
+              what the host draws and pins; kernels that are looked for at their first use
+
+What the allocator will hold is replayed (`reserved.py`).
 
 No torch is needed where the plan was traced before.
 """
@@ -181,7 +183,7 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
     request, on_card = plan.request, plan.device.id != "cpu"
     video = request.width * request.height * request.num_frames * 3 if trace.name == "decode" else 0
     held = {f"weights of the {name}": size for name, size in trace.weights_bytes.items()} | dict(trace.held)
-    pages = -(-(weights + _reserved(trace, known)) // EXPANDING_BYTES) + 1
+    pages = -(-(weights + _needed(trace, known)) // EXPANDING_BYTES) + 1
     return PhaseEstimate(
         name=trace.name,
         seconds=_seconds(trace, plan, checkpoint, known, new),
@@ -194,7 +196,7 @@ def _phase(trace: PhaseTrace, plan: Plan, checkpoint: Checkpoint, known: Rates |
     )
 
 
-def _reserved(trace: PhaseTrace, known: Rates | None) -> int:
+def _needed(trace: PhaseTrace, known: Rates | None) -> int:
     """For everything but weights."""
     kept = KEPT["vae" if trace.name in ("encode_image", "decode") else "denoiser"]
     return math.ceil(kept * trace.peak_bytes) + _cublas_bytes(known)

@@ -76,8 +76,8 @@ class _Card:
     def keep(self, begins: Sequence[Block]) -> dict[int, int]:
         """What a phase begins with is alive, where it lies, and nothing else. Returns number -> block.
 
-        Two dry runs number alike what is not the same, so that sizes tell: the latents, which come last, are the
-        newest, all else is the oldest that there is.
+        Every phase numbers anew, so that sizes tell what is the same: the latents, which come last, are the newest, all
+        else is the oldest that there is.
         """
         now: dict[int, int] = {}
         left = self.alive
