@@ -401,6 +401,7 @@ class Pipeline:
     def _frames(self, state: State, cancelled: Callable[[], bool]) -> Iterator[Frame]:
         with self.ledger.phase("decode"):
             state.move(self.parts.device)
+            self.parts.use("vae")
             latents = self._family.settle(state.latents, state.conditioning)
         for frames in self._timed(self._family.decode(self.parts, latents)):
             _stop_if(cancelled)

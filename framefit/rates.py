@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from framefit.device import Device
 
 __all__ = [
-    "ATTAINED", "Quantity", "Rates", "Sort", "Unseen", "Work", "cpu_name", "default_file", "filed", "of", "of_sheet",
-    "save",
+    "ATTAINED", "CUBLASLT_BYTES", "Quantity", "Rates", "Sort", "Unseen", "Work", "cpu_name", "default_file", "filed",
+    "of", "of_sheet", "save",
 ]  # fmt: skip
 
 ATTAINED = {"matmul": 0.78, "attention": 0.58, "convolution": 0.78, "memory": 0.85, "pcie": 0.87, "both_ways": 0.8}
@@ -34,6 +34,9 @@ products, memory. Cards that their power limit holds (T4, L4, A10) attain less; 
 boost clock of the sheet, more.
 """
 
+
+CUBLASLT_BYTES = 2**20
+"""What cuBLASLt takes once it adds a bias to a product, in a block of its own. As seen on an H200, torch 2.11."""
 
 KINDS = ("attention", "matmul", "convolution")
 """Whose amount is FLOPs; of all others it is elements."""
@@ -110,7 +113,7 @@ class Unseen:
     kernels_bytes: int
     """Of these, what comes after the bare context."""
     cublas_workspace_bytes: int
-    """Allocated at the first matrix product, inside of what torch reserves."""
+    """Allocated at the first matrix product, inside of what torch reserves; CUBLASLT_BYTES of them in a block apart."""
     convolution: Mapping[str, Mapping[str, tuple[tuple[int, int], ...]]]
     """"conv2d", "conv3d" -> precision -> (bytes of input, weight and output; workspace bytes), the smaller first."""
 
@@ -120,7 +123,7 @@ class Unseen:
         return cls(
             origin="assumed", context_bytes=2**29, kernels_bytes=2**28,
             # aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize; torch 2.11 and 2.13 differ for 12.0
-            cublas_workspace_bytes=2**25 if compute_capability >= (9, 0) else 8 * 2**20 + 2**17,
+            cublas_workspace_bytes=(2**25 if compute_capability >= (9, 0) else 8 * 2**20 + 2**17) + CUBLASLT_BYTES,
             convolution={},
         )  # fmt: skip
 

@@ -211,7 +211,7 @@ def test_a_plan_says_what_they_save(photo: Path) -> None:
         *before, said[value] = dryrun.trace(plan, row, known)
         known = {phase.name.partition(":")[0]: phase.gives for phase in before}
     exact, blend = said.values()
-    assert blend.peak_bytes < 0.6 * exact.peak_bytes
+    assert blend.peak_bytes < 0.7 * exact.peak_bytes, "copies of few channels are filled up to eight"
     assert blend.weights_bytes["vae"] < 0.75 * exact.weights_bytes["vae"], "small tensors fill a block"
 
 

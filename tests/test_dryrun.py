@@ -19,7 +19,7 @@ from framefit.device import Device
 from framefit.families import CHECKPOINTS, Checkpoint, wan
 from framefit.families.parts import Parts, load_parts
 from framefit.ledger import counts
-from framefit.ledger.allocator import block_bytes
+from framefit.ledger.allocator import PRODUCT, block_bytes
 from framefit.ledger.counts import Tally, count
 from framefit.ledger.live import Live
 from framefit.passes import apply_all
@@ -278,16 +278,47 @@ def test_a_storage_lives_until_nothing_refers_to_it() -> None:
     assert live.phases["three"].bytes == block_bytes(other.nbytes)
 
 
-def test_a_slice_of_frames_is_copied_once_more_for_its_convolution() -> None:
+def test_what_a_convolution_copies() -> None:
+    """The weight; channels-first pictures and frames; what has an odd number of channels in 16 bits; and a slice of
+    frames, before that. Nothing for a kernel of one pixel."""
     video, weight = torch.randn(1, 4, 6, 8, 8), torch.randn(8, 4, 3, 3, 3)
     frames = video[:, :, 1:4]
     func, made = torch.ops.aten.convolution.default, torch.randn(1, 8, 1, 6, 6)
-    copies = frames.numel() * 4 + made.nbytes
-    assert dryrun._workspace(func, (frames.contiguous(), weight), made) == copies
+    copies = frames.numel() * 4 + made.nbytes + weight.nbytes
+    assert dryrun._workspace(func, (frames.contiguous(), weight), made) == (0, copies)
     last = frames.contiguous(memory_format=torch.channels_last_3d)
-    assert dryrun._workspace(func, (last, weight), made) == weight.nbytes
-    assert dryrun._workspace(func, (frames, weight), made) == copies + frames.numel() * 4
-    assert dryrun._workspace(torch.ops.aten.add.Tensor, (frames, frames), made) == 0
+    assert dryrun._workspace(func, (last, weight), made) == (0, weight.nbytes)
+    assert dryrun._workspace(func, (frames, weight), made) == (frames.numel() * 4, copies)
+    half = [t.bfloat16() for t in (last, weight, made)]
+    filled = [2 * t.nbytes for t in half[:2]]
+    assert dryrun._workspace(func, half[:2], half[2]) == (0, sum(filled))
+    assert dryrun._workspace(func, (frames.contiguous(), torch.randn(8, 4, 1, 1, 1)), made) == (0, 0)
+    assert dryrun._workspace(torch.ops.aten.add.Tensor, (frames, frames), made) == (0, 0)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(1024), nn.GroupNorm(4, 16)])
+def test_a_norm_copies_what_has_gaps_before_its_result_is_there(norm: nn.Module) -> None:
+    shape = (2, 16, 1024)
+    for x, copied in ((torch.zeros(shape), []), (torch.zeros(shape[:1] + shape[:0:-1]).mT, [2**17])):
+        with torch.no_grad(), Live([x, *norm.parameters()], workspace=dryrun._workspace) as live, live.phase("all"):
+            made = norm(x)
+        told = live.phases["all"]
+        sizes = [size for _, size in told.blocks if size]
+        assert sizes[: len(copied) + 1] == [*copied, made.nbytes]
+        assert told.bytes == sum(sizes)
+        assert sum(1 for _, size in told.blocks if not size) == len(copied) + 2  # mean and deviation go, too
+
+
+def test_a_layer_adds_its_bias_in_place_and_the_first_product_is_told() -> None:
+    """Torch adds it in place but under a dispatch mode: one copy of what has gaps, one product, and no sum."""
+    layer, x = nn.Linear(64, 4096), torch.zeros(2, 64, 128).mT
+    with torch.no_grad(), Live([x, *layer.parameters()]) as live, dryrun._AsOnCard(live), live.phase("all"):
+        layer(x)
+        made = layer(x)
+        made + layer.bias
+    told = live.phases["all"].blocks
+    assert [size for _, size in told if size] == [2**16, 2**22, 2**16, 2**22, 2**22]
+    assert told.count(PRODUCT) == 1
 
 
 @pytest.mark.parametrize("id", ["wan2.2-i2v-a14b", "easyanimate-v5.1-7b-inp", "i2vgen-xl"])

@@ -14,7 +14,7 @@ import torch
 
 from framefit.device import EXPANDING_BYTES, Device
 from framefit.families import CHECKPOINTS
-from framefit.ledger.allocator import MARK, PAGES, Allocator
+from framefit.ledger.allocator import MARK, PAGES, PRODUCT, Allocator
 from framefit.ledger.live import Live
 from framefit.plan import Offload, Plan
 from framefit.planning import choose, dryrun
@@ -181,8 +181,13 @@ def phase(
 def test_weights_that_stay_lie_beside_all_phases_and_what_a_phase_leaves_is_kept() -> None:
     phases = [phase("encode", (1, 3 * PAGE), (1, 0)), phase("decode", (1, PAGE), (1, 0))]
     assert reserved(phases, {}, None, 0) == {"encode": 4 * PAGE, "decode": 4 * PAGE}
-    assert reserved(phases, {}, None, PAGE) == {"encode": 5 * PAGE, "decode": 5 * PAGE}
     assert reserved(phases[1:], {}, None, 0) == {"decode": 2 * PAGE}
+
+
+def test_the_first_product_brings_the_workspace_and_the_small_one_apart() -> None:
+    before, after = (phase(name, (1, PAGE), *also, (1, 0)) for name, also in (("encode", ()), ("decode", (PRODUCT,))))
+    told = reserved([before, after, replace(after, name="again")], {}, None, PAGE + MIB)
+    assert told == {"encode": 2 * PAGE, **dict.fromkeys(("decode", "again"), 3 * PAGE + PAGES[True])}
 
 
 def test_a_phase_that_is_not_gone_through_is_not_there() -> None:
@@ -190,17 +195,30 @@ def test_a_phase_that_is_not_gone_through_is_not_there() -> None:
     assert reserved(phases, {"denoise:a": 0, "denoise:b": 2}, None, 0) == {"denoise:b": 2 * PAGE}
 
 
-def test_weights_of_what_follows_come_before_a_step_ends() -> None:
-    """And with them all goes back that nothing lies on."""
+def test_weights_of_the_next_expert_come_before_a_step_ends() -> None:
+    """And with them all goes back that nothing lies on. The VAE's come when decoding has begun."""
     step = (1, 6 * PAGE), (1, 0), MARK, (2, PAGE), (9, 0)
-    phases = [
-        phase("denoise:a", *step, begins=((9, PAGE),), rooms=(2 * PAGE,)),
-        phase("decode", (3, PAGE), (3, 0), begins=((2, PAGE),), rooms=(4 * PAGE,), of="vae"),
-    ]
-    assert reserved(phases, {"denoise:a": 5}, None, 0) == {"denoise:a": 10 * PAGE, "decode": 6 * PAGE}
-    other = replace(phases[0], name="denoise:b", weights_bytes={"other": PAGE})  # as large: they come all the same
-    told = reserved([phases[0], other], {"denoise:a": 2, "denoise:b": 1}, None, 0)
-    assert told["denoise:b"] == 9 * PAGE
+    first = phase("denoise:a", *step, begins=((9, PAGE),), rooms=(2 * PAGE,))
+    following = phase("denoise:b", (3, PAGE), (3, 0), begins=((2, PAGE),), rooms=(4 * PAGE,), of="other")
+    told = reserved([first, following], {"denoise:a": 5, "denoise:b": 1}, None, 0)
+    assert told == {"denoise:a": 10 * PAGE, "denoise:b": 6 * PAGE}
+    told = reserved([first, replace(following, name="decode")], {"denoise:a": 5}, None, 0)
+    assert told == {"denoise:a": 10 * PAGE, "decode": 10 * PAGE}
+    last = replace(following, name="decode", blocks=((3, 9 * PAGE), (3, 0)))
+    assert reserved([first, last], {"denoise:a": 5}, None, 0)["decode"] == 14 * PAGE
+    other = replace(first, name="denoise:b", weights_bytes={"other": PAGE})  # as large: they come all the same
+    assert reserved([first, other], {"denoise:a": 2, "denoise:b": 1}, None, 0)["denoise:b"] == 9 * PAGE
+
+
+def test_what_lies_between_steps_comes_with_the_first() -> None:
+    """So that it is not there yet, where the first step finds place."""
+    step = phase("denoise:a", (1, 4 * PAGE), (1, 0), begins=((7, PAGE), (8, 2 * PAGE), (9, PAGE)))
+    assert reserved([step], {"denoise:a": 1}, None, 0)["denoise:a"] == 9 * PAGE
+    later = replace(step, after_one=1)
+    assert reserved([later], {"denoise:a": 1}, None, 0)["denoise:a"] == 7 * PAGE
+    assert reserved([later], {"denoise:a": 2}, None, 0)["denoise:a"] == 9 * PAGE
+    both = reserved([later, replace(later, name="denoise:b")], {"denoise:a": 1, "denoise:b": 1}, None, 0)
+    assert both == {"denoise:a": 7 * PAGE, "denoise:b": 9 * PAGE}
 
 
 def test_what_a_phase_begins_with_lies_where_it_was_left() -> None:
@@ -262,7 +280,7 @@ def test_the_blocks_of_a_dry_run_hold_what_its_tensors_do(id: str, settings: dic
         alive = dict(trace.begins)
         most = sum(alive.values())
         for number, size in trace.blocks:
-            if (number, size) == MARK:
+            if (number, size) in (MARK, PRODUCT):
                 continue
             if size:
                 assert number not in alive
@@ -271,7 +289,8 @@ def test_the_blocks_of_a_dry_run_hold_what_its_tensors_do(id: str, settings: dic
             else:
                 del alive[number]
         assert most == trace.peak_bytes, trace.name
-        assert (MARK in trace.blocks) == trace.name.startswith("denoise")
+        assert trace.blocks.count(MARK) == trace.name.startswith("denoise")
+        assert trace.blocks.count(PRODUCT) == (trace.name == "encode_text")
 
 
 @pytest.mark.parametrize("value", ["part", "block", "block:1", "leaf", "disk"])

@@ -13,12 +13,14 @@ from bisect import bisect_left, insort
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-__all__ = ["MARK", "Allocator", "Block", "block_bytes"]
+__all__ = ["MARK", "PRODUCT", "Allocator", "Block", "block_bytes"]
 
 Block = tuple[int, int]
 """(its number, its bytes), where it is taken; (its number, 0), where it goes."""
 MARK: Block = (0, 0)
 """Among them: weights of the phase that follows come here, where it follows at once."""
+PRODUCT: Block = (-1, 0)
+"""Among them: the first product of matrices was made, which brings cuBLAS's workspace."""
 
 BLOCK = 512
 """Bytes: kMinBlockSize."""

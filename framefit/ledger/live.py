@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from framefit.ledger.allocator import MARK, Block, block_bytes
+from framefit.ledger.allocator import Block, block_bytes
 
 __all__ = ["Held", "Live", "Peak", "Rise"]
 
-Workspace = Callable[[Any, Any, Any], int]
-"""(operator, its arguments, its result) -> bytes that it needs beside these while it runs."""
+Workspace = Callable[[Any, Any, Any], tuple[int, int]]
+"""(operator, its arguments, its result) -> bytes that it needs beside these while it runs: of copies that it makes
+before its result is there, and of what it takes after that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows what runs inside it."""
 
     def __init__(
-        self, known: Iterable[torch.Tensor], module: Callable[[], str] = str, workspace: Workspace = lambda *_: 0
+        self, known: Iterable[torch.Tensor], module: Callable[[], str] = str, workspace: Workspace = lambda *_: (0, 0)
     ) -> None:
         """`known` are there from outside and not counted; `module` says who is at work."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -140,19 +141,21 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     gone.remove(key)
                     self._numbers[key] = number
 
-    def mark(self) -> None:
-        """A place among the blocks: `MARK`."""
-        self._blocks.append(MARK)
+    def mark(self, mark: Block) -> None:
+        """A place among the blocks: one whose number is not positive."""
+        self._blocks.append(mark)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        copied, beside = map(block_bytes, self._workspace(func, args, result))
+        first = self._taken(copied)
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided and not _nowhere(leaf):
                 self._meet(leaf, func)
-        if extra := self._workspace(func, args, result):
-            held = self._held(extra, f"workspace of {_name(func)}", result)
-            self._look(held.bytes, [held])
-            self._ends(self._taken(held.bytes))
+        if extra := copied + beside:
+            self._look(extra, [self._held(extra, f"workspace of {_name(func)}", tree_leaves(result)[0])])
+            for number in (self._taken(beside), first):
+                self._ends(number)
         return result
 
     def _meet(self, tensor: torch.Tensor, func: Any) -> None:
@@ -198,7 +201,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 numbers[number] = self._taken(bytes)
             elif number in numbers:
                 self._ends(numbers.pop(number))
-            else:
+            elif number > 0:
                 size = self._sizes[number]
                 like = (k for k in reversed(self._numbers) if self._sizes[self._numbers[k]] == size and k not in gone)
                 if (key := next(like, None)) is not None:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from framefit.families import Checkpoint, family_of
 from framefit.families.parts import IMAGE_ENCODERS, PRECISIONS, TEXT_ENCODERS, Parts, Tensors
 from framefit.families.parts import weights as weights_of
-from framefit.ledger.allocator import MARK, Block
+from framefit.ledger.allocator import MARK, PRODUCT, Block
 from framefit.ledger.counts import Counts, Tally, count
 from framefit.ledger.live import Live, Peak
 from framefit.ledger.operators import channels_last
@@ -47,6 +48,10 @@ from framefit.testing import random_parts
 __all__ = ["followed", "trace"]
 
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution, torch.ops.aten.cudnn_convolution}
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+VIEWS = {torch.ops.aten.view, torch.ops.aten._unsafe_view}
+NORMS = {torch.ops.aten.native_layer_norm, torch.ops.aten.native_group_norm}
+EIGHT = 8
 FEW = 3
 """Equal blocks up to which all of them are traced."""
 LARGEST = 8
@@ -98,7 +103,7 @@ def followed(
     cuts, known = cuts or {}, known or {}
     modules = {module: name for name, part in parts.components.items() for module, name in _named(name, part)}
     at_work: list[str] = []
-    workspace = _workspace if plan.device.id != "cpu" else lambda *_: 0
+    workspace = _workspace if plan.device.id != "cpu" else lambda *_: (0, 0)
     live = Live(_tensors(parts), lambda: at_work[-1] if at_work else "", workspace)
     tally = Tally(card=plan.device.id != "cpu")
     transfer = transfer_for(parts.device, _tensors(parts))
@@ -121,13 +126,16 @@ def followed(
         )
         stack.enter_context(torch.no_grad())
         stack.enter_context(live)
-        stack.enter_context(_AsOnCard() if tally.card else nullcontext())  # type: ignore[no-untyped-call]
+        stack.enter_context(_AsOnCard(live, told="encode_text" in known) if tally.card else nullcontext())
         stack.enter_context(_Sound())  # type: ignore[no-untyped-call]
         count(way.go, tally)
         spent.end("block", "leaf")
     return tuple(
         replace(
-            _phase(name, placed(parts, weights, standing, way.used[name]), peak, tally.phases.get(name, Counts())),
+            _phase(
+                name, placed(parts, weights, standing, way.used[name]), peak, tally.phases.get(name, Counts()),
+                way.after_one.get(name, 0),
+            ),
             pieces={part: cuts[part].shared(spent.seconds) for part in way.used[name] if part in cuts},
             gives=way.gave.get(name, {}),
             shelf_bytes=way.shelved.get(name, 0),
@@ -156,6 +164,8 @@ class _Way:
     """Phase -> bytes of RAM in which tensors lie between two uses."""
     streams: dict[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
     """Phase -> stages between which they move, as `PhaseTrace` has them."""
+    after_one: dict[str, int] = field(default_factory=dict)
+    """Phase -> as `PhaseTrace` has it."""
 
     @contextmanager
     def _phase(self, name: str, *needs: str) -> Iterator[None]:
@@ -210,10 +220,11 @@ class _Way:
 
                 return guided(parts, forward, scale)
 
+            self.after_one[f"denoise:{expert}"] = between
             equal = alike.repeated(window, self.live, self.tally)
             with self._phase(f"denoise:{expert}", expert):
                 prediction = fused(parts, equal, latents, conditioning, lambda prediction, frames: prediction)
-                self.live.mark()  # what follows comes here (`Pipeline._step`)
+                self.live.mark(MARK)  # what follows comes here (`Pipeline._step`)
                 following = alike.zeroed(torch.empty_like(latents))
                 held[:2], latents = [latents, prediction], following
                 del prediction, following
@@ -281,31 +292,62 @@ def _models(stage: str, checkpoint: Checkpoint) -> tuple[str, ...]:
     return asked[stage]
 
 
-def _workspace(func: Any, args: Any, result: Any) -> int:
-    """Bytes that an operator takes on a card beside its tensors.
+def _workspace(func: Any, args: Any, result: Any) -> tuple[int, int]:
+    """Bytes that an operator takes on a card beside its tensors, as `Live` asks for them.
 
-    cuDNN's fast kernels are channels-last: of channels-first input and output it makes copies, of channels-last ones
-    none but of the weight, within 2 % of what encoders and decoders took beyond their tensors on an H200 (LOG, dry
-    run). A single picture counts as channels-first: torch gives a fake view of it other strides. Torch has copied an
-    input with gaps before, as a slice of frames is (aten/src/ATen/native/Convolution.cpp, `input.contiguous`). A
-    softmax that is safe where a row has no key asks every score whether it is one
-    (native/transformers/attention.cpp).
+    cuDNN's fast kernels are channels-last: it copies the weight, channels-first input and output too, and what has
+    another number of channels than a multiple of EIGHT, in 16 bits. A kernel of one pixel is a product of matrices and
+    takes none. So it was in what torch told of its allocations on an H200 (LOG, reserved bytes), but that a few take
+    none, or some MiB more. A single picture counts as channels-first: torch gives a fake view of it other strides.
+    Torch has copied an input with gaps before, as a slice of frames is (aten/src/ATen/native/Convolution.cpp,
+    `input.contiguous`), a norm's as well (native/cuda/layer_norm_kernel.cu). A softmax that is safe where a row has no
+    key asks every score whether it is one (native/transformers/attention.cpp).
     """
     if func._overloadpacket in CONVOLUTIONS:
         image, weight = args[:2]
-        if (image.ndim == 5 or len(image) > 1) and channels_last(image):
-            return int(weight.nbytes)
+        last = (image.ndim == 5 or len(image) > 1) and channels_last(image)
         gapless = image.is_contiguous() or channels_last(image)
-        return int(image.nbytes * (1 if gapless else 2) + result.nbytes)
-    return int(result.numel()) if func._overloadpacket is torch.ops.aten._safe_softmax else 0
+        copied = [weight, *(t for t in (image, result) if not last or _padded(t) > t.nbytes)]
+        pixel = prod(weight.shape[2:]) == 1
+        return 0 if gapless else int(image.nbytes), 0 if pixel else sum(map(_padded, copied))
+    if func._overloadpacket in NORMS:
+        return 0 if args[0].is_contiguous() else int(args[0].nbytes), 0
+    return 0, int(result.numel()) if func._overloadpacket is torch.ops.aten._safe_softmax else 0
+
+
+def _padded(tensor: torch.Tensor) -> int:
+    """Bytes of a copy whose channels are a multiple of EIGHT in 16 bits."""
+    channels = tensor.shape[1]
+    filled = -(-channels // EIGHT) * EIGHT if tensor.element_size() == 2 else channels
+    return tensor.nbytes // channels * filled
+
+
+def _adds_bias(func: Any, args: Any) -> bool:
+    return func is torch.ops.aten.add.Tensor and isinstance(args[1], nn.Parameter) and args[1].ndim == 1
 
 
 class _AsOnCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What a convolution makes of channels-last is channels-last; the CPU's, over frames, makes it otherwise."""
+    """What fake tensors do otherwise than a card: what a convolution makes of channels-last is channels-last, where the
+    CPU's, over frames, makes it otherwise; a linear layer adds its bias in place (native/Linear.cpp: not for
+    subclasses of tensors); and `live` is told of the first product, where nobody was `told` before."""
+
+    def __init__(self, live: Live, told: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._live, self._told = live, told
+        self._product = 0
+        """Storage of what was made last, where it is a product."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet, product, self._product = func._overloadpacket, self._product, 0
+        if product and _adds_bias(func, args) and args[0].untyped_storage()._cdata == product:
+            return args[0].add_(args[1])
         result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in CONVOLUTIONS and isinstance(result, FakeTensor) and result.ndim == 5:
+        if packet in PRODUCTS or (product and packet in VIEWS):
+            self._product = result.untyped_storage()._cdata
+        if packet in PRODUCTS and not self._told:
+            self._told = True
+            self._live.mark(PRODUCT)
+        if packet in CONVOLUTIONS and isinstance(result, FakeTensor) and result.ndim == 5:
             image, frames = args[0], torch.channels_last_3d
             if image.is_contiguous(memory_format=frames) and not image.is_contiguous():
                 return result.as_strided(
@@ -418,28 +460,29 @@ def _following(
             handle.remove()
 
 
-def _numbered(peak: Peak) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
-    """What a phase begins with, the latents last, and its blocks; numbered as they come, whatever was traced before."""
-    begins = [*sorted(peak.begins[:-1], key=lambda block: block[1]), *peak.begins[-1:]]
-    numbers = {MARK[0]: MARK[0]}
+def _numbered(peak: Peak, newest: int) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+    """What a phase begins with, the `newest` last, and its blocks; numbered anew, whatever was traced before."""
+    old = len(peak.begins) - newest
+    begins = [*sorted(peak.begins[:old], key=lambda block: block[1]), *peak.begins[old:]]
+    numbers = {mark: mark for mark, _ in (MARK, PRODUCT)}
     for number, _ in (*begins, *peak.blocks):
-        numbers.setdefault(number, len(numbers))
+        numbers.setdefault(number, len(numbers) - 1)
     first, rest = (tuple((numbers[number], size) for number, size in of) for of in (begins, peak.blocks))
     return first, rest
 
 
-def _phase(name: str, weights: Placed, peak: Peak, counts: Counts) -> PhaseTrace:
+def _phase(name: str, weights: Placed, peak: Peak, counts: Counts, after_one: int = 0) -> PhaseTrace:
     largest = sorted(peak.held, key=lambda held: -held.bytes)[:LARGEST]
     held: Counter[str] = Counter()
     for each in largest:
         held[f"{each.operator} {each.dtype}{list(each.shape)} in {each.module or 'the loop'}"] += each.bytes
     ways = ("elementwise", "host_to_device", "device_to_host", "block", "leaf")
     flops: dict[tuple[str, str], int] = {(kind, precision): n for (kind, precision), n in counts.flops.items()}
-    begins, blocks = _numbered(peak)
+    begins, blocks = _numbered(peak, after_one + 1)
     return PhaseTrace(
         name=name, weights_bytes=weights.device_bytes, host_bytes=weights.host_bytes, onload_bytes=weights.onload_bytes,
         pinned_bytes=weights.pinned_bytes, disk_bytes=weights.disk_bytes, peak_bytes=peak.bytes, held=dict(held),
         flops=flops, bytes={way: counts.bytes[way] for way in ways}, work=dict(counts.work),
         shapes=tuple(sorted(counts.shapes)), rooms=weights.rooms,
-        begins=begins, blocks=blocks,
+        begins=begins, after_one=after_one, blocks=blocks,
     )  # fmt: skip

@@ -74,6 +74,8 @@ class PhaseTrace:
     """To later phases."""
     begins: tuple[Block, ...] = ()
     """On a card when the phase begins, weights apart, the latents last."""
+    after_one: int = 0
+    """Of these, how many before the latents are not there before a step was taken."""
     blocks: tuple[Block, ...] = ()
     """That come and go there in it, or in one step of it."""
     rooms: tuple[int, ...] = ()

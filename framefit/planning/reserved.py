@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from framefit.ledger.allocator import MARK, Allocator, Block
+from framefit.ledger.allocator import MARK, PRODUCT, Allocator, Block
 from framefit.planning.phase import PhaseTrace
+from framefit.rates import CUBLASLT_BYTES
 
 __all__ = ["reserved"]
 
 TIMES = 3
 """That a step is replayed at most: those after it find what it found."""
-CUBLAS = -1
-"""The block of its workspace."""
 
 
 def reserved(
@@ -29,19 +28,20 @@ def reserved(
     Args:
         steps: phase -> how often its trace is gone through; once where nothing is told.
         limit_bytes: that may be reserved; None: there is room for all.
-        cublas_bytes: of its workspace, which comes with the first product and stays.
+        cublas_bytes: of its workspace, cuBLASLt's too, which comes with the first product and stays.
     """
-    card, found = _Card(Allocator(limit_bytes)), dict[str, int]()
+    card, found, stepped = _Card(Allocator(limit_bytes), cublas_bytes), dict[str, int](), False
     gone_through = [trace for trace in traces if steps.get(trace.name, 1)]
     for trace, following in zip(gone_through, (*gone_through[1:], None), strict=True):
-        card.keep(trace.begins)
-        card.bring(trace)
+        first = trace.begins if stepped else (*trace.begins[: -1 - trace.after_one], *trace.begins[-1:])
+        card.keep(first)
         card.allocator.forget()
-        if not found:
-            card.allocator.take(CUBLAS, cublas_bytes)
+        card.bring(trace)
         times = min(TIMES, steps.get(trace.name, 1))
         for index in range(times):
-            card.go(trace, following if index == times - 1 else None)
+            swaps = index == times - 1 and following is not None and following.name.startswith("denoise")
+            card.go(trace, trace.begins if index else first, following if swaps else None)
+        stepped = stepped or trace.after_one > 0
         found[trace.name] = card.allocator.peak_bytes
     return found
 
@@ -49,6 +49,8 @@ def reserved(
 @dataclass(slots=True)
 class _Card:
     allocator: Allocator
+    cublas_bytes: int
+    """Of the workspace that is to come."""
     weights: tuple[str, ...] = ()
     """The components whose they are."""
     rooms: list[int] = field(default_factory=list)
@@ -91,13 +93,17 @@ class _Card:
         self.alive = {now[number]: size for number, size in begins}
         return now
 
-    def go(self, trace: PhaseTrace, following: PhaseTrace | None) -> None:
+    def go(self, trace: PhaseTrace, begins: Sequence[Block], following: PhaseTrace | None) -> None:
         """Through a phase's blocks; from its mark on the weights of what follows are here."""
-        now = self.keep(trace.begins)
+        now = self.keep(begins)
         for number, size in trace.blocks:
             if (number, size) == MARK:
                 if following:
                     self.bring(following)
+            elif (number, size) == PRODUCT:
+                self.take(max(0, self.cublas_bytes - CUBLASLT_BYTES))
+                self.take(min(self.cublas_bytes, CUBLASLT_BYTES))
+                self.cublas_bytes = 0
             elif size:
                 now[number] = name = self.take(size)
                 self.alive[name] = size
