@@ -411,7 +411,6 @@ class Pipeline:
         """Each chunk, with the work behind it booked as decoding."""
         while True:
             with self.ledger.phase("decode"), torch.no_grad():
-                self.parts.use("vae")
                 chunk = next(chunks, None)
             if chunk is None:
                 return

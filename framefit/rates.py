@@ -36,7 +36,7 @@ boost clock of the sheet, more.
 
 
 CUBLASLT_BYTES = 2**20
-"""What cuBLASLt takes once it adds a bias to a product, in a block of its own. As seen on an H200, torch 2.11."""
+"""What cuBLASLt takes, in a block of its own. Seen on an H200, torch 2.11; assumed of other cards."""
 
 KINDS = ("attention", "matmul", "convolution")
 """Whose amount is FLOPs; of all others it is elements."""

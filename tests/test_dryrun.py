@@ -310,14 +310,21 @@ def test_a_norm_copies_what_has_gaps_before_its_result_is_there(norm: nn.Module)
 
 
 def test_a_layer_adds_its_bias_in_place_and_the_first_product_is_told() -> None:
-    """Torch adds it in place but under a dispatch mode: one copy of what has gaps, one product, and no sum."""
-    layer, x = nn.Linear(64, 4096), torch.zeros(2, 64, 128).mT
-    with torch.no_grad(), Live([x, *layer.parameters()]) as live, dryrun._AsOnCard(live), live.phase("all"):
+    """Torch adds it in place but under a dispatch mode: one copy of what has gaps, one product, and no sum. Any other
+    sum is one."""
+    layer, x, scale = nn.Linear(64, 4096), torch.zeros(2, 64, 128).mT, nn.Parameter(torch.ones(1))
+    flat, bias = x.contiguous(), layer.bias
+    known = [x, flat, scale, *layer.parameters()]
+    with torch.no_grad(), Live(known) as live, dryrun._AsOnCard(live), live.phase("all"):
         layer(x)
         made = layer(x)
-        made + layer.bias
+        made + bias
+        del made
+        layer(flat) + bias
+        torch.add(flat @ layer.weight.mT, bias, alpha=2)
+        flat @ layer.weight.mT + scale
     told = live.phases["all"].blocks
-    assert [size for _, size in told if size] == [2**16, 2**22, 2**16, 2**22, 2**22]
+    assert [size for _, size in told if size] == [2**16, 2**22, 2**16, *[2**22] * 8]
     assert told.count(PRODUCT) == 1
 
 

@@ -18,7 +18,7 @@ __all__ = ["MARK", "PRODUCT", "Allocator", "Block", "block_bytes"]
 Block = tuple[int, int]
 """(its number, its bytes), where it is taken; (its number, 0), where it goes."""
 MARK: Block = (0, 0)
-"""Among them: weights of the phase that follows come here, where it follows at once."""
+"""Among them: the next expert's weights come here, where this step is the last before it."""
 PRODUCT: Block = (-1, 0)
 """Among them: the first product of matrices was made, which brings cuBLAS's workspace."""
 

@@ -21,7 +21,7 @@ RUNG = 1.01
 """Least seconds of a phase over those with the value before: what a plan is told, and what lets the search stop. The
 dry run tells 0.85 (A14B's decode with `ram:640` on an L4) to 2 (the 5B, tiles of 128 px), and of the denoiser 0.96
 (chunks of EasyAnimate on an L4) to 1.1; an H200, the only card that has run them, took 0.68 (EasyAnimate's `frame`) to
-1.8 and 0.98 to 1.10. No plan divides work to gain time where memory does not ask for it."""
+1.8 and 0.98 to 1.10. What is told is not that exact: no plan divides work to gain time where memory does not ask."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,10 +48,12 @@ from framefit.testing import random_parts
 __all__ = ["followed", "trace"]
 
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution, torch.ops.aten.cudnn_convolution}
-PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+WITHOUT_BIAS = {torch.ops.aten.mm, torch.ops.aten.bmm}
+PRODUCTS = WITHOUT_BIAS | {torch.ops.aten.addmm, torch.ops.aten.baddbmm}
 VIEWS = {torch.ops.aten.view, torch.ops.aten._unsafe_view}
 NORMS = {torch.ops.aten.native_layer_norm, torch.ops.aten.native_group_norm}
 EIGHT = 8
+"""Of channels in 16 bits, cuDNN's fast kernels take a multiple."""
 FEW = 3
 """Equal blocks up to which all of them are traced."""
 LARGEST = 8
@@ -224,7 +226,7 @@ class _Way:
             equal = alike.repeated(window, self.live, self.tally)
             with self._phase(f"denoise:{expert}", expert):
                 prediction = fused(parts, equal, latents, conditioning, lambda prediction, frames: prediction)
-                self.live.mark(MARK)  # what follows comes here (`Pipeline._step`)
+                self.live.mark(MARK)  # the next expert comes here (`Pipeline._step`)
                 following = alike.zeroed(torch.empty_like(latents))
                 held[:2], latents = [latents, prediction], following
                 del prediction, following
@@ -296,12 +298,12 @@ def _workspace(func: Any, args: Any, result: Any) -> tuple[int, int]:
     """Bytes that an operator takes on a card beside its tensors, as `Live` asks for them.
 
     cuDNN's fast kernels are channels-last: it copies the weight, channels-first input and output too, and what has
-    another number of channels than a multiple of EIGHT, in 16 bits. A kernel of one pixel is a product of matrices and
+    another number of channels than a multiple of EIGHT in 16 bits. A kernel of one pixel is a product of matrices and
     takes none. So it was in what torch told of its allocations on an H200 (LOG, reserved bytes), but that a few take
     none, or some MiB more. A single picture counts as channels-first: torch gives a fake view of it other strides.
     Torch has copied an input with gaps before, as a slice of frames is (aten/src/ATen/native/Convolution.cpp,
-    `input.contiguous`), a norm's as well (native/cuda/layer_norm_kernel.cu). A softmax that is safe where a row has no
-    key asks every score whether it is one (native/transformers/attention.cpp).
+    `input.contiguous`), and a norm's as well (native/cuda/layer_norm_kernel.cu, native/group_norm.cpp). A softmax that
+    is safe where a row has no key asks every score whether it is one (native/transformers/attention.cpp).
     """
     if func._overloadpacket in CONVOLUTIONS:
         image, weight = args[:2]
@@ -322,8 +324,11 @@ def _padded(tensor: torch.Tensor) -> int:
     return tensor.nbytes // channels * filled
 
 
-def _adds_bias(func: Any, args: Any) -> bool:
-    return func is torch.ops.aten.add.Tensor and isinstance(args[1], nn.Parameter) and args[1].ndim == 1
+def _adds_bias(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it may be a linear layer's: a vector of parameters, as wide as what it is added to."""
+    if func is not torch.ops.aten.add.Tensor or kwargs or not isinstance(args[1], nn.Parameter):
+        return False
+    return bool(args[1].shape == args[0].shape[-1:])
 
 
 class _AsOnCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -335,14 +340,14 @@ class _AsOnCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._live, self._told = live, told
         self._product = 0
-        """Storage of what was made last, where it is a product."""
+        """Storage of what was made last, where it is a product without bias."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet, product, self._product = func._overloadpacket, self._product, 0
-        if product and _adds_bias(func, args) and args[0].untyped_storage()._cdata == product:
+        if product and _adds_bias(func, args, kwargs) and args[0].untyped_storage()._cdata == product:
             return args[0].add_(args[1])
         result = func(*args, **(kwargs or {}))
-        if packet in PRODUCTS or (product and packet in VIEWS):
+        if packet in WITHOUT_BIAS or (product and packet in VIEWS):
             self._product = result.untyped_storage()._cdata
         if packet in PRODUCTS and not self._told:
             self._told = True

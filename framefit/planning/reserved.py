@@ -94,7 +94,7 @@ class _Card:
         return now
 
     def go(self, trace: PhaseTrace, begins: Sequence[Block], following: PhaseTrace | None) -> None:
-        """Through a phase's blocks; from its mark on the weights of what follows are here."""
+        """Through a phase's blocks; from its mark on the weights of the expert that follows are here."""
         now = self.keep(begins)
         for number, size in trace.blocks:
             if (number, size) == MARK:
