@@ -204,6 +204,9 @@ def test_only_a_plan_that_may_be_near_is_offered_them(make_plan: Make, tiny: Tin
 
 def test_a_plan_says_what_they_save(photo: Path) -> None:
     row = legal(tiny_row(WAN))
+    vae = row["vae"]
+    wide = replace(vae, config={**vae.config, "base_dim": 8})  # copies of fewer channels are filled up to eight
+    row = replace(row, components=tuple(wide if each is vae else each for each in row.components))
     said: dict[str, Any] = {}
     known: dict[str, Any] = {}
     for value in ("tile:64", "blend:64"):
@@ -211,7 +214,7 @@ def test_a_plan_says_what_they_save(photo: Path) -> None:
         *before, said[value] = dryrun.trace(plan, row, known)
         known = {phase.name.partition(":")[0]: phase.gives for phase in before}
     exact, blend = said.values()
-    assert blend.peak_bytes < 0.7 * exact.peak_bytes, "copies of few channels are filled up to eight"
+    assert blend.peak_bytes < 0.6 * exact.peak_bytes
     assert blend.weights_bytes["vae"] < 0.75 * exact.weights_bytes["vae"], "small tensors fill a block"
 
 
