@@ -160,8 +160,18 @@ def test_the_same_video_to_the_last_bit(
     assert placement(parts).in_use == ()
 
 
-@pytest.mark.parametrize("id", ["wan2.2-i2v-a14b", "i2vgen-xl"])
-@pytest.mark.parametrize("fault", ["one copy is lost", "the block before comes", "the wrong room is taken"])
+@pytest.mark.parametrize(
+    ("id", "fault"),
+    [
+        ("wan2.2-i2v-a14b", "one copy is lost"),
+        ("wan2.2-i2v-a14b", "the block before comes"),
+        ("wan2.2-i2v-a14b", "the wrong room is taken"),
+        ("i2vgen-xl", "one copy is lost"),
+        ("i2vgen-xl", "the block before comes"),
+        ("i2vgen-xl", "the wrong room is taken"),
+        ("i2vgen-xl", "two come to one place"),
+    ],
+)
 def test_a_wrong_copy_is_seen(
     id: str,
     fault: str,
@@ -183,18 +193,28 @@ def test_a_wrong_copy_is_seen(
             copy(self, slab, room)
 
     def before(self: Transfer, slab: Slab, room: Room) -> None:
-        copy(self, slabs[slabs.index(slab) - 1] if slab in slabs else slab, room)
+        if slab in slabs:  # as much of it as has room
+            wrong = slabs[slabs.index(slab) - 1].host[: slab.bytes]
+            room.memory[: wrong.numel()].copy_(wrong)
+        else:
+            copy(self, slab, room)
 
     def elsewhere(self: Stream, unit: Unit) -> Any:
         place = begin(self, unit)
-        return next(other for other in self._places if other is not place) if self is stream else place
+        if self is not stream:
+            return place
+        other = next(other for other in self._places if other is not place)
+        other.holds.setdefault(unit, self.transfer.within(other.room, 0, unit.slab.bytes))
+        return other
 
-    owner, faulty = {
-        "one copy is lost": (Transfer, lost),
-        "the block before comes": (Transfer, before),
-        "the wrong room is taken": (Stream, elsewhere),
+    within = Transfer.within
+    owner, name, faulty = {
+        "one copy is lost": (Transfer, "copy", lost),
+        "the block before comes": (Transfer, "copy", before),
+        "the wrong room is taken": (Stream, "_begin", elsewhere),
+        "two come to one place": (Transfer, "within", lambda self, room, at, bytes: within(self, room, 0, bytes)),
     }[fault]
-    monkeypatch.setattr(owner, "_begin" if owner is Stream else "copy", faulty)
+    monkeypatch.setattr(owner, name, faulty)
     try:
         found = made(plan, parts)
     except NotFinite:
@@ -203,17 +223,21 @@ def test_a_wrong_copy_is_seen(
 
 
 @pytest.mark.usefixtures("strict")
-def test_the_next_block_comes_while_one_computes(deep: Deep, make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the model, which its lists do not tell; no block comes twice in a forward."""
-    row = deep("i2vgen-xl")
-    plan = make_plan(row, guidance=(1.0,), settings={"offload": "block"})
+@pytest.mark.parametrize(("id", "value"), [("i2vgen-xl", "block"), ("i2vgen-xl", "leaf"), ("wan2.2-i2v-a14b", "leaf")])
+def test_what_fits_the_other_room_comes_while_one_computes(
+    id: str, value: str, deep: Deep, make_plan: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the model, which its lists do not tell; nothing comes twice in a forward."""
+    row = deep(id)
+    plan = make_plan(row, guidance=(1.0, 1.0)[: len(row.experts)], settings={"offload": value})
     pipeline = Pipeline(plan, apply_all(fresh(row), plan))
-    state = pipeline.encode()
-    stream = placement(pipeline.parts).components["unet"].stream
-    names = {module: name for name, module in pipeline.parts["unet"].named_modules()}
+    state, expert = pipeline.encode(), row.experts[0]
+    stream = placement(pipeline.parts).components[expert].stream
+    names = {module: name for name, module in pipeline.parts[expert].named_modules()}
     events: list[tuple[str, str]] = []
     copied, entered = Transfer.copy, Stream.enter
     of_slab = {unit.slab: names[unit.module] for unit in stream.units}
+    sizes = {names[unit.module]: unit.slab.bytes for unit in stream.units}
 
     def copy(self: Transfer, slab: Slab, room: Room) -> None:
         if slab in of_slab:
@@ -226,16 +250,26 @@ def test_the_next_block_comes_while_one_computes(deep: Deep, make_plan: Make, mo
 
     monkeypatch.setattr(Transfer, "copy", copy)
     monkeypatch.setattr(Stream, "enter", enter)
-    for _ in range(3):
+    for _ in range(4):
         events.clear()
-        pipeline.predict("unet", state.latents, torch.tensor(900.0), state.conditioning, 1.0)
+        pipeline.predict(expert, state.latents, torch.tensor(900.0), state.conditioning, 1.0)
     calls = [name for kind, name in events if kind == "enter"]
-    assert calls.index(calls[0]) == 0
     assert sorted(calls) == sorted(set(calls)) == sorted(of_slab.values())
-    following = [*calls[1:], calls[0]]
-    assert events == [
-        event for name, after in zip(calls, following, strict=True) for event in (("enter", name), ("copy", after))
-    ]
+    assert sorted(name for kind, name in events if kind == "copy") == sorted(calls), "each once"
+    largest, ahead = max(sizes.values()), 0
+    for at, (kind, name) in enumerate(events):
+        if kind == "enter":
+            together = events[at + 1 :][: [*(kind for kind, _ in events[at + 1 :]), "enter"].index("enter")]
+            following = (calls[calls.index(name) + 1 :] + calls)[: len(calls) - 1]
+            came = [one for _, one in together]
+            if came:
+                begin = following.index(came[0])
+                assert came == following[begin : begin + len(came)], "one after another"
+                assert sum(sizes[one] for one in came) <= largest
+                after = following[begin + len(came)]
+                assert sum(sizes[one] for one in (*came, after)) > largest, "as many as fit"
+                ahead = max(ahead, len(came))
+    assert ahead > 1, "several at once"
 
 
 @pytest.mark.parametrize("value", MOVING)

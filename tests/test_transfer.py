@@ -10,7 +10,7 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -173,31 +173,32 @@ def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Model(nn.Module):
-    """Six blocks and something around them."""
+    """Six blocks, of which two or three small ones have room together, and something around them."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Sequence[int] = (80, 8, 8, 48, 80, 8), calls: Sequence[int] = range(6)) -> None:
         super().__init__()
         self.before = nn.Linear(8, 8)
-        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.blocks = nn.ModuleList(nn.Linear(8, width) for width in widths)
+        self.calls = calls
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.before(x)
-        for block in self.blocks:
-            x = block(x).relu() + x
+        for index in self.calls:
+            x = self.blocks[index](x)[:, :8].relu() + x
         return x
 
 
-def model() -> Model:
+def model(*of: Sequence[int]) -> Model:
     torch.manual_seed(0)
-    return Model()
+    return Model(*of)
 
 
 @torch.no_grad()
-def run(level: str, kept: int = 0, moving: Transfer | None = None) -> bool:
+def run(level: str, kept: int = 0, moving: Transfer | None = None, of: Sequence[Sequence[int]] = ()) -> bool:
     """Whether two forwards, a pause and two more give what weights that stay give."""
     x = torch.randn(4, 8)
-    expected = model()(x)
-    component = Component.of(model(), level, kept, moving or CardTransfer(CPU))
+    expected = model(*of)(x)
+    component = Component.of(model(*of), level, kept, moving or CardTransfer(CPU))
     same = []
     for _ in range(2):
         component.bring()
@@ -211,6 +212,37 @@ def test_weights_are_there_when_they_are_needed(level: str, kept: int, runtime: 
     assert run(level, kept)
 
 
+@pytest.mark.parametrize("calls", [(0, 1, 2, 3, 3), (0, 1, 2, 1), (3, 0, 1, 0, 1, 2), (0, 0, 0)])
+def test_layers_that_are_called_more_than_once(calls: Sequence[int], runtime: Runtime) -> None:
+    """Whoever follows whom, and some of them in one room: the last one's successor is itself until the next forward."""
+    assert run("leaf", of=((80, 80, 8, 8), calls))
+
+
+@torch.no_grad()
+def test_what_fits_two_rooms_comes_once(runtime: Runtime) -> None:
+    moving = CardTransfer(CPU)
+    small, x = ((80, 24, 24), range(3)), torch.randn(4, 8)
+    component, expected = Component.of(model(*small), "block", 0, moving), model(*small)(x)
+    component.bring()
+    copied = []
+    for _ in range(3):
+        assert torch.equal(component.model(x), expected)
+        copied.append(moving.moved_bytes)
+    assert copied[1] == copied[2] == component.whole_bytes + sum(unit.slab.bytes for unit in component.stream.units)
+    component.away()
+
+
+def test_a_part_of_a_room_is_filled_by_itself_and_free_when_all_of_it_is(runtime: Runtime) -> None:
+    moving = CardTransfer(CPU)
+    room = moving.room(4096)
+    one, other = (moving.within(room, at, 1024) for at in (0, 1024))
+    assert one.free is other.free is room.free
+    assert len({one.filled, other.filled, room.filled}) == 3
+    one.memory.fill_(1)
+    other.memory.fill_(2)
+    assert room.memory[:2048].tolist() == [1] * 1024 + [2] * 1024
+
+
 @pytest.mark.parametrize(
     ("forgotten", "seen"),
     [("wait", "late"), ("release", "never: the room is not free again"), ("free", "early")],
@@ -219,11 +251,11 @@ def test_a_forgotten_wait_is_seen(forgotten: str, seen: str, runtime: Runtime, m
     def begin_too_soon(self: Any, unit: Any) -> Any:
         """Into the room that is at work."""
         for place in self._places:
-            if place.unit is unit:
+            if unit in place.holds:
                 return place
         place = self._at_work or self._places[0]
-        place.unit = unit
-        self.transfer.copy(unit.slab, place.room)
+        place.holds.clear()
+        self._fill(place, unit)
         return place
 
     if forgotten == "wait":
@@ -339,7 +371,7 @@ def test_a_forward_that_breaks_off_leaves_nothing_wrong(
     homes = {unit.module: unit.slab.host.untyped_storage().data_ptr() for unit in stream.units}
     assert all(unit.weight.untyped_storage().data_ptr() == home for unit, home in homes.items())
     if not again:
-        assert len(copies) == 2 * len(stream.units) + 1, "each block once a forward, and the first of the next"
+        assert len(copies) == 2 * len(stream.units) + 1, "each block once a forward, and the next one's first roomful"
     component.away()
 
 

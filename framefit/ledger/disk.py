@@ -107,6 +107,9 @@ class DiskTransfer(Transfer):
     def room(self, bytes: int) -> Room:
         return self._way.room(bytes)
 
+    def within(self, room: Room, at: int, bytes: int) -> Room:
+        return self._way.within(room, at, bytes)
+
     def copy(self, slab: Slab, room: Room) -> None:
         assert isinstance(slab, FiledSlab)
         self.moved_bytes += slab.bytes
@@ -117,6 +120,7 @@ class DiskTransfer(Transfer):
         if room.filling:
             room.filling.cancel()  # nobody waits for that any more
         self._filling = [future for future in self._filling if not future.done()]
+        self._way.begin(room)  # now: it may be at work again, with a part that came sooner, when the file is read
         room.filling = self._reader.submit(self._fill, [(slab, room)])
         self._filling.append(room.filling)
 
@@ -150,7 +154,6 @@ class DiskTransfer(Transfer):
     def _fill(self, job: list[tuple[FiledSlab, Room]]) -> None:
         """In the reader's thread."""
         slab, room = job.pop()  # which must not hold the room for longer than this: its memory is the next one's
-        self._way.begin(room)
         try:
             with slab.open() as stream:
                 for begin in range(0, slab.bytes, self._pieces[0].memory.numel()):

@@ -147,6 +147,10 @@ class Transfer:
         """A room that is the memory of a tensor of the device, without holes."""
         return Room(_flat(tensor).view(torch.uint8))
 
+    def within(self, room: Room, at: int, bytes: int) -> Room:
+        """A part of a room, from the byte `at` on, that is filled by itself and free when the room is."""
+        return Room(room.memory[at : at + bytes], free=room.free)
+
     def stay(self, table: torch.Tensor) -> object:
         """`table` is looked up on the host, as long as what is returned is held."""
         table.data = table.data.cpu()
@@ -255,6 +259,11 @@ class CardTransfer(Transfer):
         room = Room(super().over(tensor).memory, filled, free)
         self.release(room)  # the memory may have been another tensor's, which kernels under way still read
         return room
+
+    def within(self, room: Room, at: int, bytes: int) -> Room:
+        part = super().within(room, at, bytes)
+        part.filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return part
 
     def begin(self, room: Room) -> None:
         self._stream.wait_event(room.free)

@@ -1,8 +1,9 @@
 """Weights in host memory, on the device only while they compute.
 
 - part: a component comes as a whole when a phase begins that needs it, and goes when another one begins.
-- block: of a denoiser or a text encoder the blocks come one after another, each while the one before it computes;
-  what lies outside of the blocks comes as a whole. With block:K, K blocks of a denoiser stay while it is at work.
+- block: of a denoiser or a text encoder the blocks come one after another, the next (of small ones as many as fit where
+  the largest would) while one computes; what lies outside of the blocks comes as a whole. With block:K, K blocks of a
+  denoiser stay while it is at work.
 - leaf: the same layer by layer.
 - disk: as block, from files on disk; the host holds what is being read and no more.
 

@@ -1,14 +1,15 @@
-"""The weights of many modules through two rooms: one computes, the next one's weights come in beside it.
+"""The weights of many modules through two rooms: from one they compute, the next ones' weights come into the other.
 
 A module asks for its weights when it is called, so that whatever order the model calls in is right. The order of the
-first forward is remembered, and from then on each module's weights are on their way before it asks.
+first forward is remembered, and from then on each module's weights are on their way before it asks: as many as follow
+each other and fit into the room, so that small ones, which compute for less time than a copy takes, are there early.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
@@ -32,8 +33,10 @@ class Unit:
 @dataclass(slots=True)
 class _Place:
     room: Room
-    unit: Unit | None = None
-    """Whose weights it holds, or will once they have come."""
+    holds: dict[Unit, Room] = field(default_factory=dict)
+    """In which part of it their weights are, or will be once they have come."""
+    parts: dict[tuple[Unit, int], Room] = field(default_factory=dict)
+    """By unit and first byte, kept for their views (`Room.views`)."""
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +52,8 @@ class Stream:
     """Who is called first, where it is known."""
     asked: Callable[[Unit], None] = lambda unit: None
     """Hears of every unit that computes."""
+    room_bytes: int = field(init=False)
+    """Of the largest, whose size a room has."""
     _places: list[_Place] = field(default_factory=list)
     _at_work: _Place | None = None
     _called: Unit | None = None
@@ -56,6 +61,7 @@ class Stream:
     """That has been entered and not been left: where something is raised, it never is."""
 
     def __post_init__(self) -> None:
+        self.room_bytes = max((unit.slab.bytes for unit in self.units), default=0)
         for unit in self.units:
             HookRegistry.check_if_exists_or_initialize(unit.module).register_hook(_Asking(self, unit), HOOK)
 
@@ -67,16 +73,12 @@ class Stream:
     @property
     def rooms(self) -> list[int]:
         """Bytes of each that is on the device while the component is at work."""
-        return [self._room_bytes] * min(ROOMS, len(self.units))
+        return [self.room_bytes] * min(ROOMS, len(self.units))
 
     @property
     def rooms_bytes(self) -> int:
         """Of all of them."""
         return sum(self.rooms)
-
-    @property
-    def _room_bytes(self) -> int:
-        return max((unit.slab.bytes for unit in self.units), default=0)
 
     def open(self) -> None:
         """The component is at work from here on."""
@@ -104,12 +106,13 @@ class Stream:
             self.leave(self._inside)
             self._called = None
         place = self._begin(unit)
+        part = place.holds[unit]
         try:
-            self.transfer.wait(place.room)
+            self.transfer.wait(part)
         except BaseException:
-            place.unit = None
+            del place.holds[unit]
             raise
-        self.transfer.point(unit.slab, place.room)
+        self.transfer.point(unit.slab, part)
         self.asked(unit)
         self._at_work, self._inside = place, unit
         if self._called:
@@ -117,7 +120,7 @@ class Stream:
         else:
             self.first = unit
         self._called = unit
-        if len(self._places) > 1 and (following := self.after.get(unit)):
+        if len(self._places) > 1 and (following := self._following(place, unit)):
             self._begin(following)
 
     def leave(self, unit: Unit) -> None:
@@ -131,13 +134,30 @@ class Stream:
         """Where the weights of `unit` are or will be: where they are in no room yet, in the one that is not at work."""
         assert self._places, "a module computes while its component is not in use"
         for place in self._places:
-            if place.unit is unit:
+            if unit in place.holds:
                 return place
         place = next((place for place in self._places if place is not self._at_work), self._places[0])
-        place.unit = None  # until the copy is on its way
-        self.transfer.copy(unit.slab, place.room)
-        place.unit = unit
+        place.holds.clear()
+        self._fill(place, unit)
         return place
+
+    def _fill(self, place: _Place, unit: Unit) -> None:
+        """With the weights of `unit` and of those that follow it."""
+        at, end, each = 0, self.room_bytes, cast(Unit | None, unit)
+        while each and at + each.slab.bytes <= end and each not in place.holds:
+            part = place.parts.get((each, at)) or self.transfer.within(place.room, at, each.slab.bytes)
+            self.transfer.copy(each.slab, part)
+            place.holds[each] = place.parts[each, at] = part
+            at, each = at + each.slab.bytes, self.after.get(each)
+
+    def _following(self, place: _Place, unit: Unit) -> Unit | None:
+        """The first after `unit` that has not come with it; units that are called more than once may go in a circle."""
+        following = self.after.get(unit)
+        for _ in place.holds:
+            if following not in place.holds:
+                return following
+            following = self.after.get(following)
+        return None
 
 
 class _Asking(ModelHook):  # type: ignore[misc]

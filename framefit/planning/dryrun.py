@@ -109,7 +109,7 @@ def followed(
     live = Live(_tensors(parts), lambda: at_work[-1] if at_work else "", workspace)
     tally = Tally(card=plan.device.id != "cpu")
     transfer = transfer_for(parts.device, _tensors(parts))
-    moving = {module: sizes for each in cuts.values() for module, sizes in each.modules.items()}
+    moving = [(level, sizes) for each in cuts.values() for level, sizes in each.modules.items()]
     spent = Spent(tally)
     way = _Way(parts, plan, live, tally, known, transfer, spent)
     with ExitStack() as stack:
@@ -434,7 +434,7 @@ def _named(name: str, part: Any) -> Iterator[tuple[nn.Module, str]]:
 def _following(
     modules: Mapping[nn.Module, str],
     standing: Mapping[nn.Module, int],
-    moving: Mapping[nn.Module, Mapping[str, int]],
+    moving: Sequence[tuple[str, Mapping[nn.Module, int]]],
     at_work: list[str],
     tally: Tally,
     spent: Spent,
@@ -444,9 +444,10 @@ def _following(
     def enter(module: nn.Module, args: Any) -> None:
         at_work.append(modules.get(module, at_work[-1] if at_work else ""))
         tally.times *= standing.get(module, 1)
-        for level, size in moving.get(module, {}).items():
-            tally.move(level, size)
-            spent.begin(level, module)
+        for level, sizes in moving:
+            if module in sizes:
+                tally.move(level, sizes[module])
+                spent.begin(level, module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         at_work.pop()

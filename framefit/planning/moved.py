@@ -84,15 +84,33 @@ def _split(pieces: Pieces, level: str, kept: int) -> _Split:
 
 
 def _order(units: Sequence[int], shares: Sequence[float], stay: Collection[int]) -> tuple[tuple[float, int], ...]:
-    """What streams, one after another and round again: the next one comes while blocks that stay compute."""
+    """What streams, one roomful after another and round again: the next one comes while this one computes, and blocks
+    that stay do."""
     moving = [i for i in range(len(units)) if i not in stay]
     if not shares or not moving:
         return ()
-    ends = [*moving[1:], moving[0] + len(units)]
+    fulls = _roomfuls(units, moving)
+    begins = [full[0] for full in fulls]
+    ends = [
+        end if end > begin else end + len(units) for begin, end in zip(begins, [*begins[1:], begins[0]], strict=True)
+    ]
     return tuple(
-        (sum(shares[j % len(units)] for j in range(begin, end)), units[end % len(units)])
-        for begin, end in zip(moving, ends, strict=True)
+        (sum(shares[j % len(units)] for j in range(begin, end)), sum(units[i] for i in following))
+        for begin, end, following in zip(begins, ends, [*fulls[1:], fulls[0]], strict=True)
     )
+
+
+def _roomfuls(units: Sequence[int], moving: Sequence[int]) -> list[list[int]]:
+    """As many of what streams as follow each other and fit together, from a largest one on, which has a room alone."""
+    room = max(units[i] for i in moving)
+    first = next(at for at, i in enumerate(moving) if units[i] == room)
+    fulls: list[list[int]] = []
+    for i in (*moving[first:], *moving[:first]):
+        if fulls and sum(units[j] for j in fulls[-1]) + units[i] <= room:
+            fulls[-1].append(i)
+        else:
+            fulls.append([i])
+    return fulls
 
 
 def together(pieces: Pieces) -> int:

@@ -66,8 +66,8 @@ class PhaseTrace:
     shapes: tuple[int, ...] = ()
     """Of its convolutions, as the ledger numbers them: kernels are looked for once for each in a process."""
     streams: tuple[tuple[float, int], ...] = ()
-    """Piece after piece of what streams, a block's weights or what a stage of a VAE remembers: the share of a step's
-    seconds that goes by meanwhile, and its bytes; empty where nothing is known of them."""
+    """Piece after piece of what streams, a room full of weights or what a stage of a VAE remembers: the share of a
+    step's seconds that goes by meanwhile, and its bytes; empty where nothing is known of them."""
     pieces: Mapping[str, Pieces] = field(default_factory=dict)
     """Of the components that the phase needs; empty where they were traced in another place than on the device."""
     gives: Given = field(default_factory=dict)

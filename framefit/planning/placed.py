@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -39,16 +39,16 @@ class Cut:
     """One component's weights, as offloading would cut them."""
 
     pieces: Pieces
-    modules: dict[nn.Module, dict[str, int]] = field(default_factory=dict)
-    """What streams -> level -> its bytes."""
-    times: Mapping[nn.Module, int] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[nn.Module, int]]
+    """Level -> what streams, in the order of its pieces -> its bytes."""
+    times: Mapping[nn.Module, int]
     """For how many modules each stands."""
 
     def shared(self, seconds: Mapping[str, Mapping[nn.Module, float]]) -> Pieces:
         """Its pieces, with what was computed from the call of each to that of the next: level -> module -> seconds."""
         shares = {}
-        for level in ("block", "leaf"):
-            own = {module: seconds[level].get(module, 0.0) for module, of in self.modules.items() if level in of}
+        for level, modules in self.modules.items():
+            own = {module: seconds[level].get(module, 0.0) for module in modules}
             whole = sum(own.values())
             each = [own[m] / self.times[m] for m in own for _ in range(self.times[m])]
             shares[level] = tuple(round(share / whole, 6) for share in each) if whole else ()
@@ -65,15 +65,13 @@ def cut(parts: Parts, weights: Mapping[str, int], standing: Mapping[nn.Module, i
 
 def _cut(model: nn.Module, bytes: int, streams: bool, standing: Mapping[nn.Module, int]) -> Cut:
     times = _times(model, standing)
-    modules: dict[nn.Module, dict[str, int]] = {}
+    modules: dict[str, dict[nn.Module, int]] = {}
     units: dict[str, tuple[int, ...]] = {}
     tables = 0
     for level in ("block", "leaf"):
         split = Split.of(model, level if streams else "part", 0)
-        sizes = {module: Slab(tensors).bytes for module, tensors in split.units}
-        for module, size in sizes.items():
-            modules.setdefault(module, {})[level] = size
-        units[level] = tuple(size for module, size in sizes.items() for _ in range(times[module]))
+        modules[level] = {module: Slab(tensors).bytes for module, tensors in split.units}
+        units[level] = tuple(size for module, size in modules[level].items() for _ in range(times[module]))
         tables = sum(block_bytes(table.nbytes) for table in split.table_weights)
     return Cut(Pieces(bytes=bytes, tables_bytes=tables, blocks=units["block"], layers=units["leaf"]), modules, times)
 
